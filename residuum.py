@@ -1,0 +1,399 @@
+"""Train neural emulators of time-dependent problems on the residuum of their rollout.
+
+An autoregressive network `stepper` advances a state in time, `u_next = stepper(u_prev)`.
+If the problem is discretised as `residuum_fn(u_next, u_prev) = 0` (an implicit time step,
+say), the network can be trained from initial conditions alone: roll it out, and ask at
+every time level how far two consecutive states are from satisfying the equation. No
+reference trajectory is needed and no solver runs in the loop.
+
+This module is one pure function, `residuum_loss`. It needs jax and jaxtyping, and may be
+installed (`pip install residuum-jax`) or copied into a project as the one file it is.
+"""
+
+import reprlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
+
+
+__all__ = ["Cuts", "Rollout", "mse", "residuum_loss"]
+__version__ = "0.1.0"
+
+
+#
+# Public API
+#
+
+
+class Cuts(NamedTuple):
+    """Where gradients stop in a rollout. Values never change.
+
+    Python bools and ints are static: they leave no selection in the program, and JAX
+    drops the backward pass that became dead. Arrays are data: changing them does not
+    recompile. They select, they do not multiply, so a cut also keeps NaN and infinity
+    on the far side out of the gradient.
+
+    **Fields:**
+
+    - `bptt`: cuts the main chain, i.e., truncates backpropagation through time. `False`
+        keeps all of it. An int `k >= 1` cuts after every `k`-th step: the state made by
+        step `t`, counted from 0, is cut where `(t + 1) % k == 0`. `True` is `1`. A bool
+        array `[num_rollout_steps]` cuts after step `t` where it is true.
+    - `prev`, `next`: cut that argument of `residuum_fn`. A bool, or a bool array `[]` or
+        `[num_rollout_steps]` that says so for each time level.
+    """
+
+    bptt: bool | int | Bool[ArrayLike, " num_rollout_steps"] = False
+    prev: bool | Bool[ArrayLike, ""] | Bool[ArrayLike, " num_rollout_steps"] = False
+    next: bool | Bool[ArrayLike, ""] | Bool[ArrayLike, " num_rollout_steps"] = False
+
+
+class Rollout(NamedTuple):
+    """What a rollout leaves behind, with gradients stopped; see `has_aux`.
+
+    **Fields:**
+
+    - `time_level_losses`: the unweighted batch-mean loss of every time level.
+    - `final_state`: the state after the last step, leaves `[batch, ...]`. With a snapshot
+        axis put back (`x[:, None]`) it is the `data` for the next piece of a trajectory.
+    """
+
+    time_level_losses: Float[Array, " num_rollout_steps"]
+    final_state: PyTree[Shaped[Array, "batch ..."]]
+
+
+def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
+    """Mean of `|r|²` over all entries of all leaves.
+
+    **Arguments:**
+
+    - `residuum`: PyTree of real or complex arrays of any shape.
+
+    **Returns:**
+
+    Real scalar, accumulated in float32 or wider. Leaves count by their number of entries.
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(residuum)]
+    # |r|² = Re(r)² + Im(r)², unlike abs(r)², is differentiable where r is 0.
+    parts = [part for r in leaves for part in _real_and_imaginary(r)]
+    sums = [jnp.sum(jnp.square(_at_least_float32(part))) for part in parts]
+    dtype = max((s.dtype for s in sums), key=lambda d: d.itemsize)
+    return sum(s.astype(dtype) for s in sums) / sum(r.size for r in leaves)
+
+
+def residuum_loss(
+    stepper: Callable[[PyTree], PyTree],
+    data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
+    residuum_fn: Callable[[PyTree, PyTree], PyTree],
+    *,
+    num_rollout_steps: int = 1,
+    cuts: Cuts = Cuts(),
+    weights: Real[ArrayLike, "{num_rollout_steps}"] | Sequence[Any] | None = None,
+    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = mse,
+    checkpoint: bool = False,
+    unroll: int | bool = 1,
+    has_aux: bool = False,
+) -> Float[Array, ""] | tuple[Float[Array, ""], Rollout]:
+    """Loss of an autoregressive rollout, measured by the residuum between its states.
+
+        u⁰ = data[:, 0],   uᵗ⁺¹ = stepper(uᵗ)
+
+        L = Σₜ weights[t] · mean_batch time_level_loss(residuum_fn(uᵗ⁺¹, uᵗ))
+
+    for `t = 0, …, num_rollout_steps - 1`. `stepper`, `residuum_fn` and `time_level_loss`
+    are called on one sample, without a batch axis, and must be pure. Gradients flow to
+    whatever they close over, to `data` and to `weights`.
+
+    The configuration `Residuum` of trainax (https://github.com/Ceyron/trainax) is the
+    reference; its taxonomy is due to Koehler et al., "APEBench: A Benchmark for
+    Autoregressive Neural Emulators of PDEs" (https://arxiv.org/abs/2411.00180).
+
+    **Arguments:**
+
+    - `stepper`: `u_prev -> u_next`, the emulator. A state is any PyTree of arrays;
+        `u_next` has the structure and the shapes of `u_prev`.
+    - `data`: PyTree of arrays `[batch, num_snapshots, ...]`. Only snapshot 0, the initial
+        condition, is read. It is promoted if `stepper` returns a wider dtype.
+    - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
+        Note the order: next first.
+    - `num_rollout_steps`: static number of autoregressive steps, at least 1.
+    - `cuts`: where gradients stop, see `Cuts`.
+    - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` is all ones.
+    - `time_level_loss`: `residuum -> real scalar`.
+    - `checkpoint`: rematerialise each time step in the backward pass. Stores states, not
+        activations, for about one more forward pass of run time.
+    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at
+        all. Compile time grows with it. On a CPU XLA runs a convolution in a loop many
+        times slower than outside (https://github.com/jax-ml/jax/issues/12868), which is
+        what `True` is for. A single step is never a loop.
+    - `has_aux`: also return a `Rollout`.
+
+    **Returns:**
+
+    The loss, a scalar in float32 or wider (its dtype is that of `time_level_loss`; bf16
+    and fp16 are accumulated in float32). With `has_aux`, the pair `(loss, Rollout)`.
+
+    **Raises:**
+
+    `TypeError` or `ValueError` at trace time, naming the argument.
+    """
+    _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux)
+    num_steps = _check_int("num_rollout_steps", num_rollout_steps)
+    unroll = _check_unroll(unroll, num_steps)
+    cuts, masks, segment_length = _check_cuts(cuts, num_steps)
+    weights = _check_weights(weights, num_steps)
+    u_0 = _check_data(data)
+    u_0 = _check_functions(stepper, residuum_fn, time_level_loss, u_0)
+
+    def time_step(u_prev, mask):
+        bptt, prev, next = cuts._replace(**mask)
+        u_next = jax.vmap(stepper)(u_prev)
+        residuum = jax.vmap(residuum_fn)(_cut(u_next, next), _cut(u_prev, prev))
+        loss = jnp.mean(_at_least_float32(jax.vmap(time_level_loss)(residuum)))
+        return _cut(u_next, bptt), loss
+
+    if checkpoint:
+        # In a loop XLA cannot undo rematerialisation; straight code must be protected.
+        straight = unroll >= segment_length
+        time_step = jax.checkpoint(time_step, prevent_cse=straight)
+
+    final_state, losses = _rollout(time_step, u_0, masks, num_steps, segment_length, unroll)
+    loss = jnp.sum(losses if weights is None else weights.astype(losses.dtype) * losses)
+    if has_aux:
+        return loss, Rollout(*jax.lax.stop_gradient((losses, final_state)))
+    return loss
+
+
+#
+# The rollout
+#
+# A loop over time steps. Where backpropagation through time is cut after every k-th step,
+# it is a loop over segments of k steps each, so that the cut is part of the program and
+# not a selection.
+#
+
+
+def _rollout(time_step, u, masks, num_steps, segment_length, unroll):
+    """Returns the state after `num_steps` and the losses `[num_steps]`."""
+
+    def segment(u, masks, length=segment_length):
+        u, losses = _scan(time_step, u, masks, length, unroll)
+        return _cut(u, True), losses
+
+    if segment_length >= num_steps:
+        return _scan(time_step, u, masks, num_steps, unroll)
+    num_segments, remainder = divmod(num_steps, segment_length)
+    whole = num_segments * segment_length
+    per_segment = (num_segments, segment_length)
+    head = jax.tree.map(lambda mask: mask[:whole].reshape(per_segment), masks)
+    u, losses = _scan(segment, u, head, num_segments, max(unroll // segment_length, 1))
+    losses = losses.reshape(whole)
+    if remainder:
+        tail = jax.tree.map(lambda mask: mask[whole:], masks)
+        u, last_losses = segment(u, tail, remainder)
+        losses = jnp.concatenate([losses, last_losses])
+    return u, losses
+
+
+def _scan(step, carry, xs, length, unroll):
+    """`jax.lax.scan`, but straight code where one iteration does it all."""
+    if unroll < length:
+        return jax.lax.scan(step, carry, xs, length, unroll=unroll)
+    ys = []
+    for t in range(length):
+        carry, y = step(carry, jax.tree.map(lambda x: x[t], xs))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def _cut(u, where):
+    """Stops the gradient of the inexact leaves of `u` where `where` is true."""
+    if where is False:
+        return u
+    if where is True:
+        return jax.lax.stop_gradient(u)
+    select = partial(jnp.where, where)
+    return jax.tree.map(lambda x: select(jax.lax.stop_gradient(x), x), u)
+
+
+#
+# Precision
+#
+
+
+def _real_and_imaginary(x):
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+
+def _at_least_float32(x):
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+#
+# Validation
+#
+# Everything that can be said before any computation, at trace time. A reader who trusts
+# the inputs can stop here.
+#
+
+
+def _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux):
+    functions = dict(
+        stepper=stepper, residuum_fn=residuum_fn, time_level_loss=time_level_loss
+    )
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, got {_describe(function)}.")
+    for name, flag in dict(checkpoint=checkpoint, has_aux=has_aux).items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a static bool, got {_describe(flag)}.")
+
+
+def _check_int(name, value):
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a static int, got {_describe(value)}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return int(value)
+
+
+def _check_unroll(unroll, num_steps):
+    if isinstance(unroll, bool):
+        return num_steps if unroll else 1
+    return _check_int("unroll", unroll)
+
+
+def _check_cuts(cuts, num_steps):
+    """Returns the static `prev` and `next`, the masks `[num_steps]` by field, and the
+    number of steps between static cuts of the main chain."""
+    if not isinstance(cuts, Cuts):
+        raise TypeError(f"cuts must be a Cuts(bptt, prev, next), got {_describe(cuts)}.")
+    static, masks, segment_length = Cuts(), {}, num_steps
+    for field, cut in cuts._asdict().items():
+        name, main_chain = f"cuts.{field}", field == "bptt"
+        if main_chain and isinstance(cut, Integral):
+            if cut is not False:
+                segment_length = 1 if cut is True else _check_int(name, cut)
+        elif isinstance(cut, bool):
+            static = static._replace(**{field: cut})
+        elif getattr(cut, "dtype", None) != bool:
+            expected = "a bool, a static int" if main_chain else "a bool"
+            raise TypeError(
+                f"{name} must be {expected} or a bool array, got {_describe(cut)}."
+            )
+        elif cut.shape == (num_steps,) or (cut.shape == () and not main_chain):
+            masks[field] = jnp.broadcast_to(cut, (num_steps,))
+        else:
+            expected = f"[num_rollout_steps] = [{num_steps}]"
+            raise ValueError(
+                f"{name} must be of shape {expected if main_chain else '[] or ' + expected}"
+                f", got {_describe(cut)}."
+            )
+    return static, masks, segment_length
+
+
+def _check_weights(weights, num_steps):
+    if weights is None:
+        return None
+    try:
+        array = jnp.asarray(weights)
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be an array, got {_describe(weights)}.") from None
+    if jnp.iscomplexobj(array):
+        raise TypeError(f"weights must be real, got {_describe(array)}.")
+    if array.shape != (num_steps,):
+        raise ValueError(
+            f"weights must be of shape [num_rollout_steps] = [{num_steps}], "
+            f"got {_describe(array)}."
+        )
+    return array
+
+
+def _check_data(data):
+    """Returns snapshot 0."""
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    if not leaves:
+        raise ValueError(f"data must hold at least one array, got {_describe(data)}.")
+    shape = None
+    for path, leaf in leaves:
+        name = f"data{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "dtype") or leaf.dtype == object:
+            raise TypeError(f"{name} must be an array, got {_describe(leaf)}.")
+        if len(leaf.shape) < 2 or 0 in leaf.shape[:2]:
+            raise ValueError(
+                f"{name} must be of shape [batch, num_snapshots, ...], both at least 1, "
+                f"got {_describe(leaf)}."
+            )
+        shape = leaf.shape[:2] if shape is None else shape
+        if leaf.shape[:2] != shape:
+            raise ValueError(
+                f"{name} must agree with the other leaves on [batch, num_snapshots] = "
+                f"{list(shape)}, got {_describe(leaf)}."
+            )
+    return jax.tree.map(_first_snapshot, data)
+
+
+def _first_snapshot(leaf):
+    leaf = jnp.asarray(leaf)
+    # Naming the dtype makes a weakly typed array strong, as the stepper's output is.
+    leaf = jnp.asarray(leaf, dtype=leaf.dtype)
+    return jax.lax.index_in_dim(leaf, 0, axis=1, keepdims=False)
+
+
+def _check_functions(stepper, residuum_fn, time_level_loss, u_0):
+    """Returns `u_0` in the dtypes of the states that `stepper` makes."""
+    u_1 = jax.eval_shape(jax.vmap(stepper), u_0)
+    if jax.tree.structure(u_1) != jax.tree.structure(u_0):
+        raise TypeError(
+            "stepper must return a state of the structure of its input, "
+            f"{jax.tree.structure(u_0)}, got {jax.tree.structure(u_1)}."
+        )
+    same_dtype = jax.tree_util.tree_map_with_path(_check_next_leaf, u_0, u_1)
+    if not all(jax.tree.leaves(same_dtype)):
+        u_0 = jax.tree.map(lambda prev, next: prev.astype(next.dtype), u_0, u_1)
+        return _check_functions(stepper, residuum_fn, time_level_loss, u_0)
+
+    residuum = jax.eval_shape(jax.vmap(residuum_fn), u_1, u_0)
+    if not jax.tree.leaves(residuum):
+        raise TypeError(f"residuum_fn must return at least one array, got {residuum!r}.")
+    loss = jax.eval_shape(jax.vmap(time_level_loss), residuum)
+    is_scalar = isinstance(loss, jax.ShapeDtypeStruct) and loss.ndim == 1
+    if not is_scalar or _kind(loss.dtype) not in (jnp.floating, jnp.integer):
+        got = jax.tree.map(_describe_sample, loss)
+        raise TypeError(f"time_level_loss must return a real scalar, got {got}.")
+    return u_0
+
+
+def _check_next_leaf(path, prev, next):
+    same_dtype = prev.dtype == next.dtype
+    wider = _kind(prev.dtype) == _kind(next.dtype) and (
+        next.dtype.itemsize > prev.dtype.itemsize
+    )
+    if prev.shape != next.shape or not (same_dtype or wider):
+        raise TypeError(
+            "stepper must return a state of the shapes and dtypes of its input: "
+            f"u_prev{jax.tree_util.keystr(path)} is {_describe_sample(prev)}, "
+            f"u_next{jax.tree_util.keystr(path)} is {_describe_sample(next)}."
+        )
+    return same_dtype
+
+
+def _kind(dtype):
+    kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), None)
+
+
+def _describe(x):
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        traced = "traced " if isinstance(x, jax.core.Tracer) else ""
+        return f"{traced}{x.dtype}{list(x.shape)}"
+    return f"{reprlib.repr(x)} of type {type(x).__name__}"
+
+
+def _describe_sample(x):
+    return f"{x.dtype}{list(x.shape[1:])}"
