@@ -12,12 +12,14 @@ installed (`pip install residuum-jax`) or copied into a project as the one file 
 
 import reprlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from numbers import Integral
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 
 
@@ -79,11 +81,9 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
     Real scalar, accumulated in float32 or wider. Leaves count by their number of entries.
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(residuum)]
-    # |r|² = Re(r)² + Im(r)², unlike abs(r)², is differentiable where r is 0.
-    parts = [part for r in leaves for part in _real_and_imaginary(r)]
-    sums = [jnp.sum(jnp.square(_at_least_float32(part))) for part in parts]
-    dtype = max((s.dtype for s in sums), key=lambda d: d.itemsize)
-    return sum(s.astype(dtype) for s in sums) / sum(r.size for r in leaves)
+    sums = [jnp.sum(_abs_squared(r)) for r in leaves]
+    widest = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
+    return reduce(jnp.add, [s.astype(widest) for s in sums]) / sum(r.size for r in leaves)
 
 
 def residuum_loss(
@@ -144,14 +144,14 @@ def residuum_loss(
     """
     _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    unroll = _check_unroll(unroll, num_steps)
-    cuts, masks, segment_length = _check_cuts(cuts, num_steps)
-    weights = _check_weights(weights, num_steps)
+    steps_per_iteration = _check_unroll(unroll, num_steps)
+    static_cuts, masks, segment_length = _check_cuts(cuts, num_steps)
+    level_weights = _check_weights(weights, num_steps)
     u_0 = _check_data(data)
     u_0 = _check_functions(stepper, residuum_fn, time_level_loss, u_0)
 
     def time_step(u_prev, mask):
-        bptt, prev, next = cuts._replace(**mask)
+        bptt, prev, next = static_cuts._replace(**mask)
         u_next = jax.vmap(stepper)(u_prev)
         residuum = jax.vmap(residuum_fn)(_cut(u_next, next), _cut(u_prev, prev))
         loss = jnp.mean(_at_least_float32(jax.vmap(time_level_loss)(residuum)))
@@ -159,11 +159,16 @@ def residuum_loss(
 
     if checkpoint:
         # In a loop XLA cannot undo rematerialisation; straight code must be protected.
-        straight = unroll >= segment_length
+        straight = steps_per_iteration >= segment_length
         time_step = jax.checkpoint(time_step, prevent_cse=straight)
 
-    final_state, losses = _rollout(time_step, u_0, masks, num_steps, segment_length, unroll)
-    loss = jnp.sum(losses if weights is None else weights.astype(losses.dtype) * losses)
+    final_state, losses = _rollout(
+        time_step, u_0, masks, num_steps, segment_length, steps_per_iteration
+    )
+    if level_weights is None:
+        loss = jnp.sum(losses)
+    else:
+        loss = jnp.sum(level_weights.astype(losses.dtype) * losses)
     if has_aux:
         return loss, Rollout(*jax.lax.stop_gradient((losses, final_state)))
     return loss
@@ -206,9 +211,9 @@ def _scan(step, carry, xs, length, unroll):
         return jax.lax.scan(step, carry, xs, length, unroll=unroll)
     ys = []
     for t in range(length):
-        carry, y = step(carry, jax.tree.map(lambda x: x[t], xs))
+        carry, y = step(carry, jax.tree.map(itemgetter(t), xs))
         ys.append(y)
-    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+    return carry, jnp.stack(ys)
 
 
 def _cut(u, where):
@@ -226,8 +231,11 @@ def _cut(u, where):
 #
 
 
-def _real_and_imaginary(x):
-    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+def _abs_squared(r):
+    """`|r|²`, which unlike `abs(r)**2` is differentiable where `r` is 0."""
+    if jnp.iscomplexobj(r):
+        return _abs_squared(r.real) + _abs_squared(r.imag)
+    return jnp.square(_at_least_float32(r))
 
 
 def _at_least_float32(x):
@@ -243,9 +251,7 @@ def _at_least_float32(x):
 
 
 def _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux):
-    functions = dict(
-        stepper=stepper, residuum_fn=residuum_fn, time_level_loss=time_level_loss
-    )
+    functions = dict(stepper=stepper, residuum_fn=residuum_fn, time_level_loss=time_level_loss)
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name} must be callable, got {_describe(function)}.")
@@ -281,11 +287,9 @@ def _check_cuts(cuts, num_steps):
                 segment_length = 1 if cut is True else _check_int(name, cut)
         elif isinstance(cut, bool):
             static = static._replace(**{field: cut})
-        elif getattr(cut, "dtype", None) != bool:
+        elif not hasattr(cut, "dtype") or not jnp.issubdtype(cut.dtype, jnp.bool):
             expected = "a bool, a static int" if main_chain else "a bool"
-            raise TypeError(
-                f"{name} must be {expected} or a bool array, got {_describe(cut)}."
-            )
+            raise TypeError(f"{name} must be {expected} or a bool array, got {_describe(cut)}.")
         elif cut.shape == (num_steps,) or (cut.shape == () and not main_chain):
             masks[field] = jnp.broadcast_to(cut, (num_steps,))
         else:
@@ -348,10 +352,11 @@ def _first_snapshot(leaf):
 def _check_functions(stepper, residuum_fn, time_level_loss, u_0):
     """Returns `u_0` in the dtypes of the states that `stepper` makes."""
     u_1 = jax.eval_shape(jax.vmap(stepper), u_0)
-    if jax.tree.structure(u_1) != jax.tree.structure(u_0):
+    structures: list[Any] = [jax.tree.structure(u) for u in (u_0, u_1)]
+    if structures[0] != structures[1]:
         raise TypeError(
             "stepper must return a state of the structure of its input, "
-            f"{jax.tree.structure(u_0)}, got {jax.tree.structure(u_1)}."
+            f"{structures[0]}, got {structures[1]}."
         )
     same_dtype = jax.tree_util.tree_map_with_path(_check_next_leaf, u_0, u_1)
     if not all(jax.tree.leaves(same_dtype)):
@@ -390,7 +395,7 @@ def _kind(dtype):
 
 def _describe(x):
     if hasattr(x, "shape") and hasattr(x, "dtype"):
-        traced = "traced " if isinstance(x, jax.core.Tracer) else ""
+        traced = "traced " if isinstance(x, Tracer) else ""
         return f"{traced}{x.dtype}{list(x.shape)}"
     return f"{reprlib.repr(x)} of type {type(x).__name__}"
 

@@ -158,7 +158,7 @@ def save_figure(path, reference, emulated, name, errors):
     limit = float(jnp.max(jnp.abs(reference)))
     pictures = {"reference solver": reference, f"emulator, {name}": emulated}
     for axis, (title, u) in zip(axes, pictures.items(), strict=False):
-        image = axis.imshow(
+        axis.imshow(
             u[:, 0].T,
             extent=(0, end, 0, DOMAIN_EXTENT),
             vmin=-limit,
@@ -168,7 +168,7 @@ def save_figure(path, reference, emulated, name, errors):
             origin="lower",
         )
         axis.set(title=title, xlabel="time t", ylabel="position x")
-    figure.colorbar(image, ax=axes[1], label="u")
+    figure.colorbar(axes[1].images[0], ax=axes[1], label="u")
 
     styles = zip(
         ("#777777", "#D55E00", "#0072B2", "#009E73"),  # Okabe and Ito, colour-blind safe

@@ -1,0 +1,1109 @@
+"""One oracle judges everything: the textbook Python loop below, in float64, to 1e-9.
+
+A second, independent witness is trainax, whose `Residuum` this library reimagines.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import itertools
+import pathlib
+import re
+import sys
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+import trainax
+from absl.testing import parameterized
+from hypothesis import given, settings, strategies as st
+from jax.flatten_util import ravel_pytree
+
+import residuum
+from residuum import Cuts, mse, residuum_loss, Rollout
+
+
+# Several CPU devices for `pmap`; takes effect as long as no computation ran before.
+chex.set_n_cpu_devices(4)
+jax.config.update("jax_enable_x64", True)
+
+ROOT = pathlib.Path(__file__).parent
+TOLERANCE = 1e-9
+FLAGS = (False, True)
+
+# Set when the module is imported through jaxtyping's import hook.
+RUNTIME_TYPECHECKING = hasattr(residuum_loss, "__wrapped__")
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE, what=None):
+    message = None if what is None else str(what)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected, custom_message=message)
+    chex.assert_trees_all_close(
+        actual, expected, rtol=tolerance, atol=tolerance, custom_message=message
+    )
+
+
+def compiled(f, *args):
+    """Calls `f` compiled, without the optimisations that cost more time than they save in
+    a program that runs once."""
+    return jax.jit(f).lower(*args).compile(compiler_options=quick_compilation())(*args)
+
+
+@functools.cache
+def quick_compilation():
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=options)
+    except Exception:  # an XLA that does not have one of them
+        return None
+    return options
+
+
+#
+# The oracle
+#
+
+
+def textbook_loss(
+    stepper,
+    data,
+    residuum_fn,
+    *,
+    num_rollout_steps=1,
+    cuts=Cuts(),
+    weights=None,
+    time_level_loss=None,
+):
+    """What `residuum_loss` must equal in value and in every derivative."""
+    if weights is None:
+        weights = np.ones(num_rollout_steps)
+    if time_level_loss is None:
+        time_level_loss = textbook_mse
+    loss = 0.0
+    u_prev = jax.tree.map(lambda leaf: leaf[:, 0], data)
+    for t in range(num_rollout_steps):
+        u_next = jax.vmap(stepper)(u_prev)
+        seen_next = jax.lax.stop_gradient(u_next) if at(cuts.next, t) else u_next
+        seen_prev = jax.lax.stop_gradient(u_prev) if at(cuts.prev, t) else u_prev
+        residuum = jax.vmap(residuum_fn)(seen_next, seen_prev)
+        loss = loss + weights[t] * jnp.mean(jax.vmap(time_level_loss)(residuum))
+        if cuts.bptt is True:
+            cut = True
+        elif cuts.bptt is False:
+            cut = False
+        elif isinstance(cuts.bptt, int):
+            cut = (t + 1) % cuts.bptt == 0
+        else:
+            cut = cuts.bptt[t]
+        u_prev = jax.lax.stop_gradient(u_next) if cut else u_next
+    return loss
+
+
+def at(cut, t):
+    return cut[t] if np.ndim(cut) == 1 else bool(cut)
+
+
+def textbook_mse(residuum):
+    entries = [jnp.ravel(leaf) for leaf in jax.tree.leaves(residuum)]
+    entries = jnp.concatenate(entries)
+    return jnp.mean(entries.real**2 + entries.imag**2)
+
+
+#
+# A small problem that has everything: a state of several leaves, a nonlinear stepper with
+# parameters, a nonlinear residuum with a coefficient that it closes over, and weights
+#
+
+
+def problem(num_rollout_steps, *, batch=2, seed=0):
+    """The differentiable inputs: params, data, weights, coefficient."""
+    keys = iter(jax.random.split(jax.random.key(seed), 6))
+    params = {
+        "w": jax.random.normal(next(keys), (3, 3)),
+        "b": 0.5 * jax.random.normal(next(keys), (2,)),
+    }
+    data = {
+        "u": jax.random.normal(next(keys), (batch, 2, 3)),
+        "v": jax.random.normal(next(keys), (batch, 2, 2)),
+    }
+    weights = jax.random.normal(next(keys), (num_rollout_steps,))
+    coefficient = jax.random.normal(next(keys), ())
+    return params, data, weights, coefficient
+
+
+def evaluate(loss_fn, params, data, weights, coefficient, **options):
+    """`loss_fn`, either the oracle or the library, as a function of all that it can be
+    differentiated by."""
+
+    def stepper(state):
+        u = jnp.tanh(params["w"] @ state["u"] + state["v"][0])
+        return {"u": u, "v": params["b"] * state["v"] + u[:2]}
+
+    def residuum_fn(u_next, u_prev):
+        return coefficient * u_next["u"] - u_prev["u"] ** 2, u_next["v"] * u_prev["v"]
+
+    return loss_fn(stepper, data, residuum_fn, weights=weights, **options)
+
+
+def value_and_grad(loss_fn, inputs, *, weighted=True, **options):
+    def loss(params, data, weights, coefficient):
+        weights = weights if weighted else None
+        return evaluate(loss_fn, params, data, weights, coefficient, **options)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*inputs)
+
+
+MASK = np.array([False, True, True, False, True, False, False])
+BPTT = {"none": False, "every": True, "2": 2, "3": 3, "9": 9, "mask": "mask"}
+
+
+def cuts_of(num_rollout_steps, bptt, prev=False, next=False):
+    bptt = MASK[:num_rollout_steps] if bptt == "mask" else BPTT[bptt]
+    return Cuts(bptt, prev, next)
+
+
+#
+# Values and derivatives
+#
+
+
+def all_values_and_grads(loss_fn, inputs, num_rollout_steps, bptt, **options):
+    """For every combination of the options `prev`, `next` and `weights`."""
+    return [
+        value_and_grad(
+            loss_fn,
+            inputs,
+            weighted=weighted,
+            num_rollout_steps=num_rollout_steps,
+            cuts=cuts_of(num_rollout_steps, bptt, prev, next),
+            **options,
+        )
+        for prev, next, weighted in itertools.product(FLAGS, repeat=3)
+    ]
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("num_rollout_steps", [1, 2, 5, 7])
+def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt):
+    inputs = problem(num_rollout_steps)
+    args = (num_rollout_steps, bptt)
+    expected = all_values_and_grads(textbook_loss, inputs, *args)
+    for checkpoint, unroll in itertools.product(FLAGS, [1, 2, True]):
+        options = dict(checkpoint=checkpoint, unroll=unroll)
+        # One compilation for all combinations is much faster than one for each.
+        f = functools.partial(all_values_and_grads, residuum_loss, **options)
+        assert_close(compiled(lambda x, f=f: f(x, *args), inputs), expected, what=options)
+
+
+@pytest.mark.parametrize("shape", [(), (5,)], ids=["scalar", "per level"])
+@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+def test_traced_masks_equal_the_textbook_loop(bptt, shape):
+    rng = np.random.default_rng(0)
+    inputs = problem(5)
+
+    @jax.jit
+    def traced(prev, next):
+        cuts = cuts_of(5, bptt, prev, next)
+        return value_and_grad(residuum_loss, inputs, num_rollout_steps=5, cuts=cuts)
+
+    for _ in range(3):
+        prev, next = rng.integers(2, size=(2, *shape)).astype(bool)
+        cuts = cuts_of(5, bptt, prev, next)
+        expected = value_and_grad(textbook_loss, inputs, num_rollout_steps=5, cuts=cuts)
+        assert_close(traced(prev, next), expected)
+
+
+HIGHER_ORDER = [
+    dict(num_rollout_steps=1),
+    dict(num_rollout_steps=3),
+    dict(num_rollout_steps=3, cuts=Cuts(bptt=True)),
+    dict(num_rollout_steps=5, cuts=Cuts(bptt=2)),
+    dict(num_rollout_steps=4, cuts=Cuts(bptt=2, prev=True)),
+    dict(num_rollout_steps=4, cuts=Cuts(bptt=3, next=True)),
+    dict(num_rollout_steps=5, cuts=Cuts(bptt=MASK[:5], next=MASK[:5])),
+]
+
+
+def flat_losses(options):
+    """The library and the oracle as functions of one flat vector of all inputs."""
+    flat, unravel = ravel_pytree(problem(options["num_rollout_steps"], batch=1))
+
+    def flat_loss(loss_fn, **more):
+        return lambda flat: evaluate(loss_fn, *unravel(flat), **options, **more)
+
+    return flat, flat_loss
+
+
+EXTRA = [{}, {"checkpoint": True}, {"unroll": True}]
+
+
+@pytest.mark.parametrize("options", HIGHER_ORDER, ids=str)
+def test_forward_mode_equals_the_textbook_loop(options):
+    flat, flat_loss = flat_losses(options)
+    tangent = jax.random.normal(jax.random.key(1), flat.shape)
+    expected = jax.jvp(flat_loss(textbook_loss), (flat,), (tangent,))
+    for extra in EXTRA:
+        actual = jax.jvp(flat_loss(residuum_loss, **extra), (flat,), (tangent,))
+        assert_close(actual, expected, what=extra)
+
+
+@pytest.mark.parametrize("options", HIGHER_ORDER, ids=str)
+def test_hessians_equal_the_textbook_loop(options):
+    flat, flat_loss = flat_losses(options)
+    expected = compiled(jax.hessian(flat_loss(textbook_loss)), flat)
+    for extra, outer in itertools.product(EXTRA, [jax.jacfwd, jax.jacrev]):
+        actual = compiled(outer(jax.jacrev(flat_loss(residuum_loss, **extra))), flat)
+        assert_close(actual, expected, what=(outer, extra))
+
+
+TRANSFORMATIONS = {
+    "grad": jax.grad,
+    "jit of grad": lambda f: jax.jit(jax.grad(f)),
+    "grad of jit": lambda f: jax.grad(jax.jit(f)),
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+    "vmap of grad": lambda f: lambda x: jax.vmap(jax.grad(f))(x[None] + jnp.eye(2, 1)),
+    "grad of vmap": lambda f: jax.grad(
+        lambda x: jnp.sum(jax.vmap(f)(x[None] * jnp.arange(3.0)[:, None]))
+    ),
+    "grad of scan": lambda f: jax.grad(
+        lambda x: jax.lax.scan(lambda c, s: (c + f(s * x), None), 0.0, jnp.arange(3.0))[0]
+    ),
+    "grad of cond": lambda f: jax.grad(lambda x: jax.lax.cond(x[0] > 9, jnp.sum, f, x)),
+}
+
+
+@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_composes_with(name, bptt):
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+    flat, flat_loss = flat_losses(options)
+    transform = TRANSFORMATIONS[name]
+    expected = transform(flat_loss(textbook_loss))(flat)
+    assert_close(transform(flat_loss(residuum_loss))(flat), expected)
+
+
+@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("transform", ["jit of grad", "grad of jit", "grad of checkpoint"])
+def test_closures_over_traced_ints_and_keys(transform, bptt):
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+    data = jax.random.normal(jax.random.key(0), (2, 1, 3))
+
+    def loss(loss_fn, x, shift, key):
+        noise = jax.random.normal(key, (3,))
+
+        def stepper(u):
+            drawn = jax.random.normal(jax.random.fold_in(key, shift), (3,))
+            return jnp.sin(x * jnp.roll(u, shift) + noise + drawn)
+
+        return loss_fn(stepper, data, lambda n, p: n - x * jnp.roll(p, 2 * shift), **options)
+
+    def of_x(loss_fn):
+        def with_ints(x, shift, seed):
+            # `shift` and the key are traced wherever the transformation traces
+            f = lambda x: loss(loss_fn, x, shift, jax.random.key(seed))
+            return TRANSFORMATIONS[transform](f)(x)
+
+        return jax.jit(with_ints)(jnp.arange(3.0), 1, 7)
+
+    assert_close(of_x(residuum_loss), of_x(textbook_loss))
+
+
+#
+# Any state, any batch, any cut
+#
+
+
+@st.composite
+def rollouts(draw):
+    """A state of any tree and shapes, and valid options."""
+    shapes = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+    tree = draw(
+        st.recursive(
+            shapes.map(lambda shape: {"leaf": shape}),
+            lambda inner: (
+                st.lists(inner, min_size=1, max_size=2)
+                | st.dictionaries(st.sampled_from("ab"), inner, min_size=1)
+            ),
+            max_leaves=4,
+        )
+    )
+    batch, num_snapshots, steps = (draw(st.integers(1, 4)) for _ in range(3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    data = jax.tree.map(
+        lambda shape: rng.normal(size=(batch, num_snapshots, *shape)),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    mask = st.lists(st.booleans(), min_size=steps, max_size=steps).map(np.array)
+    flag = st.booleans() | st.booleans().map(np.array) | mask
+    cuts = Cuts(draw(st.booleans() | st.integers(1, 5) | mask), draw(flag), draw(flag))
+    weights = draw(st.none() | st.just(rng.normal(size=steps)))
+    return data, dict(num_rollout_steps=steps, cuts=cuts, weights=weights)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rollouts(), st.booleans(), st.integers(1, 3) | st.booleans())
+def test_any_rollout_equals_the_textbook_loop(rollout, checkpoint, unroll):
+    data, options = rollout
+
+    def loss(loss_fn, scale, data, **more):
+        def stepper(u):
+            total = sum(jnp.mean(leaf) for leaf in jax.tree.leaves(u))
+            return jax.tree.map(lambda leaf: jnp.sin(scale * leaf + total), u)
+
+        def residuum_fn(u_next, u_prev):
+            return jax.tree.map(lambda n, p: n * p - jnp.cos(scale * p), u_next, u_prev)
+
+        return loss_fn(stepper, data, residuum_fn, **options, **more)
+
+    def judge(loss_fn, **more):
+        f = functools.partial(loss, loss_fn, **more)
+        return compiled(jax.value_and_grad(f, argnums=(0, 1)), jnp.float64(1.3), data)
+
+    actual = judge(residuum_loss, checkpoint=checkpoint, unroll=unroll)
+    assert_close(actual, judge(textbook_loss))
+
+
+#
+# chex variants: with and without jit, on one device and on many
+#
+
+
+class VariantsTest(chex.TestCase):
+    @chex.variants(
+        with_jit=True,
+        without_jit=True,
+        with_device=True,
+        without_device=True,
+        with_pmap=True,
+    )
+    @parameterized.product(
+        bptt=["none", "every", "2", "mask"], options=[{}, {"checkpoint": True}]
+    )
+    def test_value_and_gradient(self, bptt, options):
+        inputs = problem(5)
+        cuts = cuts_of(5, bptt, prev=True)
+        f = functools.partial(
+            value_and_grad, residuum_loss, num_rollout_steps=5, cuts=cuts, **options
+        )
+        expected = value_and_grad(textbook_loss, inputs, num_rollout_steps=5, cuts=cuts)
+        actual = jax.tree.map(jnp.asarray, self.variant(f)(inputs))
+        assert_close(actual, expected)
+
+
+def test_pmap_runs_on_several_devices():
+    assert jax.device_count() > 1 or jax.default_backend() != "cpu"
+
+
+@pytest.mark.parametrize("platform", sorted({d.platform for d in jax.devices()} | {"cpu"}))
+def test_every_platform_agrees_with_the_textbook_loop_on_the_cpu(platform):
+    inputs = problem(5)
+    options = dict(num_rollout_steps=5, cuts=Cuts(bptt=2))
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = jax.device_get(value_and_grad(textbook_loss, inputs, **options))
+    with jax.default_device(jax.devices(platform)[0]):
+        inputs = jax.tree.map(jnp.asarray, jax.device_get(inputs))
+        actual = jax.jit(lambda x: value_and_grad(residuum_loss, x, **options))(inputs)
+    assert {d.platform for d in actual[0].devices()} == {platform}
+    assert_close(jax.device_get(actual), expected)
+
+
+def test_new_parameters_weights_and_masks_do_not_retrace():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(inputs, bptt, prev):
+        cuts = Cuts(bptt, prev, False)
+        return value_and_grad(residuum_loss, inputs, num_rollout_steps=5, cuts=cuts)
+
+    for seed in range(3):
+        bptt = np.random.default_rng(seed).integers(2, size=5).astype(bool)
+        inputs = problem(5, seed=seed)
+        expected = value_and_grad(
+            textbook_loss, inputs, num_rollout_steps=5, cuts=Cuts(bptt, bptt[0])
+        )
+        assert_close(step(inputs, bptt, bptt[0]), expected)
+
+
+#
+# has_aux
+#
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("num_rollout_steps", [1, 5])
+def test_rollout_holds_unweighted_losses_and_the_final_state(num_rollout_steps, bptt):
+    params, data, weights, coefficient = problem(num_rollout_steps)
+    evaluate_at = functools.partial(evaluate, residuum_loss, params, data, weights, coefficient)
+    options = dict(num_rollout_steps=num_rollout_steps, cuts=cuts_of(num_rollout_steps, bptt))
+    loss, rollout = evaluate_at(**options, has_aux=True)
+    assert isinstance(rollout, Rollout)
+    assert_close(loss, evaluate_at(**options))
+    assert_close(loss, jnp.sum(weights * rollout.time_level_losses))
+
+    u, losses = jax.tree.map(lambda leaf: leaf[:, 0], data), []
+    for _ in range(num_rollout_steps):
+        args = (params, jax.tree.map(lambda leaf: leaf[:, None], u), None, coefficient)
+        level_loss, one_step = evaluate(residuum_loss, *args, has_aux=True)
+        u = one_step.final_state
+        losses.append(level_loss)
+    assert_close(rollout, Rollout(jnp.stack(losses), u))
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+def test_rollout_has_no_gradient(bptt):
+    def everything_in_it(inputs):
+        cuts = cuts_of(5, bptt)
+        _, rollout = evaluate(
+            residuum_loss, *inputs, num_rollout_steps=5, cuts=cuts, has_aux=True
+        )
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rollout))
+
+    grads = jax.grad(everything_in_it)(problem(5))
+    assert_close(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+def test_value_and_grad_with_aux():
+    def loss(params, data, weights, coefficient):
+        args = (params, data, weights, coefficient)
+        return evaluate(residuum_loss, *args, num_rollout_steps=5, has_aux=True)
+
+    inputs = problem(5)
+    (value, _), grads = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*inputs)
+    expected = value_and_grad(textbook_loss, inputs, num_rollout_steps=5)
+    assert_close((value, grads), expected)
+
+
+def test_a_long_rollout_in_pieces_equals_the_rollout_in_one():
+    params, data, _, coefficient = problem(6)
+    evaluate_at = functools.partial(evaluate, residuum_loss, params)
+    whole = evaluate_at(data, None, coefficient, num_rollout_steps=6)
+    total = 0.0
+    for _ in range(3):
+        loss, rollout = evaluate_at(data, None, coefficient, num_rollout_steps=2, has_aux=True)
+        data = jax.tree.map(lambda leaf: leaf[:, None], rollout.final_state)
+        total += loss
+    assert_close(total, whole)
+
+
+#
+# Kinds of states: precisions, complex numbers, integers, keys
+#
+
+
+def test_mse_is_the_mean_over_all_entries_of_all_leaves():
+    residuum = {"a": jnp.array([3.0, 1.0]), "b": jnp.array([[2.0 + 1.0j]])}
+    assert_close(mse(residuum), jnp.float64((9 + 1 + 5) / 3))
+    assert_close(mse([[jnp.int32(2)], jnp.bfloat16(3)]), jnp.float32(6.5))
+
+
+def test_mse_is_differentiable_at_zero():
+    assert jax.grad(mse)(0.0) == 0.0
+    assert jax.grad(mse)(0.0 + 0.0j) == 0.0
+
+
+def rotation_problem(dtype, batch=4):
+    rng = np.random.default_rng(0)
+    entries = rng.normal(size=(batch, 1, 8)) + 1j * rng.normal(size=(batch, 1, 8))
+    factor = rng.normal(size=8) + 1j * rng.normal(size=8)
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        entries, factor = entries.real, factor.real
+    return jnp.asarray(factor, dtype), jnp.asarray(entries, dtype)
+
+
+def rotation_loss(loss_fn, factor, data, **options):
+    def stepper(u):
+        return u * factor / (1 + (u * u.conj()).real)
+
+    return loss_fn(stepper, data, lambda n, p: n - jnp.roll(p, 1), **options)
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+def test_complex_states_equal_the_textbook_loop(dtype, bptt):
+    inputs = rotation_problem(dtype)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+    actual, expected = (
+        jax.value_and_grad(functools.partial(rotation_loss, f), argnums=(0, 1))(
+            *inputs, **options
+        )
+        for f in (residuum_loss, textbook_loss)
+    )
+    chex.assert_type(jax.tree.leaves(actual), [dtype(0).real.dtype, dtype, dtype])
+    chex.assert_trees_all_close(
+        actual, expected, rtol=TOLERANCE if dtype == jnp.complex128 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_accumulates_in_float32(dtype, bptt):
+    factor, data = rotation_problem(dtype, batch=512)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt), has_aux=True)
+    (loss, rollout), grad = jax.value_and_grad(
+        functools.partial(rotation_loss, residuum_loss), has_aux=True
+    )(factor, data, **options)
+    chex.assert_type([loss, rollout.time_level_losses], jnp.float32)
+    chex.assert_type([grad, rollout.final_state], dtype)
+
+    # The mean over 512 samples of the same half precision residua, in float64
+    u, losses = data[:, 0], []
+    for _ in range(5):
+        u_next = u * factor / (1 + (u * u.conj()).real)
+        entries = (u_next - jnp.roll(u, 1, axis=-1)).astype(jnp.float64)
+        losses.append(jnp.mean(entries**2))
+        u = u_next
+    # XLA may keep more precision between two operations than the format has, never less.
+    tolerance = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(loss, sum(losses), rtol=tolerance)
+
+
+def test_a_half_precision_time_level_loss_is_averaged_in_float32():
+    data = jnp.ones((4096, 1, 1), jnp.bfloat16)
+    loss = residuum_loss(
+        lambda u: 2 * u, data, lambda n, p: n - p, time_level_loss=lambda r: r[0]
+    )
+    assert_close(loss, jnp.float32(1.0))
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+def test_wider_parameters_promote_the_initial_condition(bptt):
+    factor, data = rotation_problem(jnp.float64)
+    narrow = data.astype(jnp.float32)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+    f = jax.value_and_grad(functools.partial(rotation_loss, residuum_loss), (0, 1))
+    loss, (grad, data_grad) = f(factor, narrow, **options)
+    expected = f(factor, narrow.astype(jnp.float64), **options)
+    assert_close((loss, grad), (expected[0], expected[1][0]))
+    assert_close(data_grad, expected[1][1].astype(jnp.float32), 1e-6)
+
+
+def test_promotion_goes_on_until_the_dtypes_settle():
+    data = {"a": jnp.ones((2, 1, 3), jnp.float32), "b": jnp.ones((2, 1), jnp.float16)}
+
+    def stepper(u):  # b makes a wider in the first step, a makes b wider in the second
+        return {"a": u["a"] * jnp.float64(2), "b": u["b"] + u["a"][0]}
+
+    _, rollout = residuum_loss(
+        stepper, data, lambda n, p: n["b"] - p["b"], num_rollout_steps=3, has_aux=True
+    )
+    chex.assert_type(jax.tree.leaves(rollout), jnp.float64)
+
+
+def test_single_precision_without_x64():
+    with disable_x64():
+        inputs = jax.tree.map(np.float32, jax.device_get(problem(5)))
+        actual = value_and_grad(residuum_loss, inputs, num_rollout_steps=5)
+        expected = value_and_grad(textbook_loss, inputs, num_rollout_steps=5)
+        chex.assert_type(jax.tree.leaves(actual), jnp.float32)
+        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@contextlib.contextmanager
+def disable_x64():
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.parametrize("prev", [True, np.array(True)], ids=["static", "mask"])
+@pytest.mark.parametrize("bptt", BPTT)
+def test_step_counters_and_keys_in_the_state(bptt, prev):
+    batch = 2
+    data = {
+        "u": jax.random.normal(jax.random.key(0), (batch, 1, 3)),
+        "count": jnp.zeros((batch, 1), jnp.int32),
+        "key": jax.random.split(jax.random.key(1), (batch, 1)),
+    }
+
+    def loss(loss_fn, x, **options):
+        def stepper(state):
+            key, noise_key = jax.random.split(state["key"])
+            noise = jax.random.normal(noise_key, (3,))
+            u = jnp.sin(x * state["u"] + state["count"]) + noise
+            return {"u": u, "count": state["count"] + 1, "key": key}
+
+        def residuum_fn(u_next, u_prev):
+            return u_next["count"] * u_next["u"] - u_prev["u"] ** 2
+
+        cuts = cuts_of(5, bptt, prev)
+        return loss_fn(stepper, data, residuum_fn, num_rollout_steps=5, cuts=cuts, **options)
+
+    def derivatives(loss_fn, **options):
+        f = functools.partial(loss, loss_fn, **options)
+        return lambda x: (jax.value_and_grad(f)(x), jax.hessian(f)(x))
+
+    x = jnp.arange(3.0)
+    expected = compiled(derivatives(textbook_loss), x)
+    for options in EXTRA:
+        actual = compiled(derivatives(residuum_loss, **options), x)
+        assert_close(actual, expected, what=options)
+    _, rollout = loss(residuum_loss, x, has_aux=True)
+    assert_close(rollout.final_state["count"], jnp.full((batch,), 5, jnp.int32))
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+def test_scalar_states_and_a_batch_of_one(bptt):
+    def loss(loss_fn, x):
+        options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+        data = np.full((1, 1), 0.3)
+        return loss_fn(lambda u: jnp.sin(x * u), data, lambda n, p: n - p, **options)
+
+    actual = jax.value_and_grad(functools.partial(loss, residuum_loss))(1.5)
+    assert_close(actual, jax.value_and_grad(functools.partial(loss, textbook_loss))(1.5))
+
+
+def test_weights_are_any_array_like_and_leave_the_dtype_of_the_loss_alone():
+    factor, data = rotation_problem(jnp.float32)
+    weights = [1, 0.5, jnp.float64(0.25)]
+    loss, half = (
+        rotation_loss(residuum_loss, factor, data, num_rollout_steps=3, weights=w)
+        for w in (weights, np.asarray(weights, np.float16))
+    )
+    assert_close(loss, half)
+    chex.assert_type(loss, jnp.float32)
+
+
+#
+# Not a number
+#
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": True}], ids=str)
+@pytest.mark.parametrize("field", ["bptt", "prev", "next"])
+@pytest.mark.parametrize("kind", ["static", "mask"])
+def test_cuts_keep_infinite_derivatives_out(field, kind, options):
+    # √ has an infinite derivative at 0, which is where the state to be cut is.
+    def residuum_fn(u_next, u_prev):
+        if field == "prev":
+            return u_next + jnp.sqrt(u_prev - jax.lax.stop_gradient(u_prev))
+        if field == "next":
+            return u_prev + jnp.sqrt(u_next - jax.lax.stop_gradient(u_next))
+        return u_next
+
+    def loss(loss_fn, x, cut, **options):
+        def stepper(u):
+            if field == "bptt":
+                return jnp.cos(x) + jnp.sqrt(u - jax.lax.stop_gradient(u))
+            return x * u
+
+        return loss_fn(
+            stepper,
+            jnp.ones((2, 1, 3)),
+            residuum_fn,
+            num_rollout_steps=4,
+            cuts=Cuts(**{field: cut}),
+            **options,
+        )
+
+    cut = True if kind == "static" else np.ones(4, bool)
+    f = functools.partial(loss, residuum_loss, **options)
+    actual = jax.value_and_grad(f)(1.5, cut)
+    chex.assert_tree_all_finite(actual)
+    expected = jax.value_and_grad(functools.partial(loss, textbook_loss))(1.5, cut)
+    assert_close(actual, expected)
+    # Without the cut, there would be something to keep out.
+    assert not np.isfinite(jax.grad(f)(1.5, False))
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+def test_a_diverging_rollout_is_not_an_exception(bptt):
+    def loss(x):
+        options = dict(num_rollout_steps=50, cuts=Cuts(BPTT[bptt]))
+        if bptt == "mask":
+            options["cuts"] = Cuts(np.arange(50) % 3 == 0)
+        data = jnp.full((2, 1, 3), 10.0)
+        return residuum_loss(lambda u: x * u**3, data, lambda n, p: n - p, **options)
+
+    assert not np.isfinite(jax.jit(loss)(2.0))
+    assert not np.isfinite(jax.jit(jax.grad(loss))(2.0))
+
+
+#
+# The program: loops where they save compile time, none where they cost run time
+#
+
+
+def primitives(jaxpr):
+    """Names of all primitives in a jaxpr, those of inner jaxprs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def program(num_rollout_steps, transform=jax.value_and_grad, **options):
+    """Primitives of the loss and its gradient."""
+    params, data, _, coefficient = problem(num_rollout_steps)
+
+    def loss(params):
+        args = (params, data, None, coefficient)
+        options_ = dict(num_rollout_steps=num_rollout_steps, **options)
+        return evaluate(residuum_loss, *args, **options_)
+
+    return list(primitives(jax.make_jaxpr(transform(loss))(params).jaxpr))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"has_aux": True}], ids=str)
+def test_one_step_is_not_a_loop(options):
+    transform = functools.partial(jax.grad, has_aux=options.get("has_aux", False))
+    names = program(1, transform, **options)
+    assert "dot_general" in names
+    assert not {"scan", "while"} & set(names)
+
+
+@pytest.mark.parametrize("bptt", [False, True, 2, 3, 9])
+def test_unroll_true_leaves_no_loop(bptt):
+    names = program(7, cuts=Cuts(bptt), unroll=True)
+    assert not {"scan", "while"} & set(names)
+    assert "scan" in program(7, cuts=Cuts(bptt), unroll=1)
+
+
+@pytest.mark.parametrize("cut", FLAGS)
+@pytest.mark.parametrize("bptt", [False, True, 2])
+def test_static_cuts_leave_no_selection(bptt, cut):
+    assert "select_n" not in program(6, cuts=Cuts(bptt, cut, cut))
+    assert "select_n" in program(6, cuts=Cuts(bptt, np.array(cut), cut))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": 3}], ids=str)
+@pytest.mark.parametrize("bptt", [False, True, 5])
+def test_program_size_does_not_grow_with_the_rollout(bptt, options):
+    short, long = (
+        len(program(num_steps, cuts=Cuts(bptt), **options)) for num_steps in (30, 300)
+    )
+    assert short == long
+
+
+def test_unroll_is_steps_per_iteration():
+    def count(unroll, bptt):
+        names = program(12, lambda f: f, cuts=Cuts(bptt), unroll=unroll)
+        return names.count("tanh")
+
+    assert [count(u, False) for u in (1, 12, True)] == [1, 12, 12]
+    assert [count(u, 3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
+
+
+#
+# The second witness: trainax
+#
+
+
+def trainax_network(name):
+    key = jax.random.key(0)
+    if name == "mlp":
+        network = eqx.nn.MLP(8, 8, 16, 2, jnp.tanh, key=key)
+        return eqx.nn.Lambda(lambda u: u + network(u[0])[None])
+    return eqx.nn.Sequential(
+        [
+            eqx.nn.Conv1d(1, 4, 3, padding="SAME", padding_mode="CIRCULAR", key=key),
+            eqx.nn.Lambda(jnp.tanh),
+            eqx.nn.Conv1d(4, 1, 3, padding="SAME", padding_mode="CIRCULAR", key=key),
+        ]
+    )
+
+
+def heat_residuum(u_next, u_prev):
+    """Implicit Euler for the heat equation; does not mention the batch axis."""
+    neighbours = jnp.roll(u_next, 1, axis=-1) + jnp.roll(u_next, -1, axis=-1)
+    return u_next - u_prev - 0.1 * (neighbours - 2 * u_next)
+
+
+@pytest.mark.parametrize("every", [None, 1, 2, 3])
+@pytest.mark.parametrize("loss_name", ["MSELoss", "MAELoss"])
+@pytest.mark.parametrize("network_name", ["mlp", "conv"])
+def test_trainax_agrees(network_name, loss_name, every):
+    network = trainax_network(network_name)
+    data = jax.random.normal(jax.random.key(1), (3, 2, 1, 8))
+    trainax_loss = getattr(trainax.loss, loss_name)()
+    ours = {} if loss_name == "MSELoss" else {"time_level_loss": trainax_loss.single_batch}
+
+    params, static = eqx.partition(network, eqx.is_array)
+
+    def both(params):
+        def value_and_grad(loss_fn, *args, **options):
+            def loss(params):
+                return loss_fn(eqx.combine(params, static), data, *args, **options)
+
+            return jax.value_and_grad(loss)(params)
+
+        for prev, next, weights in itertools.product(
+            FLAGS, FLAGS, [None, jnp.array([1.0, -0.5, 0.0, 2.0, 0.1])]
+        ):
+            actual = value_and_grad(
+                residuum_loss,
+                heat_residuum,
+                num_rollout_steps=5,
+                cuts=Cuts(every or False, prev, next),
+                weights=weights,
+                **ours,
+            )
+            reference = trainax.configuration.Residuum(
+                5,
+                cut_bptt=every is not None,
+                cut_bptt_every=every or 1,
+                cut_prev=prev,
+                cut_next=next,
+                time_level_weights=weights,
+                time_level_loss=trainax_loss,
+            )
+            yield actual, value_and_grad(reference, residuum_fn=heat_residuum)
+
+    for actual, expected in compiled(lambda params: list(both(params)), params):
+        assert_close(actual, expected)
+
+
+class ResiduumLossConfiguration(trainax.configuration.BaseConfiguration):
+    """`residuum_loss` plugged into the trainers of trainax."""
+
+    options: dict
+
+    def __call__(self, stepper, data, *, ref_stepper=None, residuum_fn):
+        return residuum_loss(stepper, data, residuum_fn, **self.options)
+
+
+def test_trainax_trains_with_it():
+    data = jax.random.normal(jax.random.key(1), (12, 6, 1, 8))
+    training = dict(residuum_fn=heat_residuum, optimizer=optax.adam(1e-2), batch_size=4)
+    ours = trainax.GeneralTrainer(
+        trainax.TrajectorySubStacker(data, sub_trajectory_len=5),
+        ResiduumLossConfiguration(dict(num_rollout_steps=4, cuts=Cuts(bptt=2))),
+        num_minibatches=12,
+        **training,
+    )
+    reference = trainax.trainer.ResiduumTrainer(
+        data,
+        num_rollout_steps=4,
+        cut_bptt=True,
+        cut_bptt_every=2,
+        num_training_steps=12,
+        **training,
+    )
+    network = trainax_network("conv")
+    (_, history), (_, expected) = (
+        trainer(network, jax.random.key(0), spawn_tqdm=False) for trainer in (ours, reference)
+    )
+    assert_close(history, expected)
+    assert history[-1] < 0.5 * history[0]
+
+
+#
+# Bad input: an error at trace time that names the culprit
+#
+
+
+def valid_call(**changes):
+    call = dict(
+        stepper=lambda u: {"u": jnp.sin(u["u"])},
+        data={"u": np.ones((2, 1, 3), np.float32)},
+        residuum_fn=lambda u_next, u_prev: u_next["u"] - u_prev["u"],
+        num_rollout_steps=4,
+    )
+    call.update(changes)
+    stepper, data, residuum_fn = (call.pop(name) for name in ("stepper", "data", "residuum_fn"))
+    return residuum_loss(stepper, data, residuum_fn, **call)
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+BAD_CALLS = [
+    # what is wrong, the error, and what its text must name
+    (dict(num_rollout_steps=2.0), TypeError, "num_rollout_steps.* int.*2.0"),
+    (dict(num_rollout_steps=True), TypeError, "num_rollout_steps.* int.*True"),
+    (dict(num_rollout_steps="3"), TypeError, "num_rollout_steps.* int.*'3'"),
+    (dict(num_rollout_steps=None), TypeError, "num_rollout_steps.* int.*None"),
+    (dict(num_rollout_steps=jnp.array(3)), TypeError, r"num_rollout_steps.* int.*int\d+"),
+    (dict(num_rollout_steps=0), ValueError, "num_rollout_steps.*at least 1.*0"),
+    (dict(num_rollout_steps=-3), ValueError, "num_rollout_steps.*at least 1.*-3"),
+    (dict(data=None), ValueError, "data.*at least one array.*None"),
+    (dict(data={}), ValueError, "data.*at least one array"),
+    (dict(data="u"), TypeError, "data.*array.*'u'"),
+    (dict(data={"u": [1.0]}), TypeError, r"data\['u'\]\[0\].*array.*1.0"),
+    (dict(data={"u": ones(3)}), ValueError, r"data\['u'\].*\[batch, num_snap.*\[3\]"),
+    (dict(data={"u": ones(0, 1, 3)}), ValueError, r"data\['u'\].*at least 1.*0, 1, 3"),
+    (dict(data={"u": ones(2, 0, 3)}), ValueError, r"data\['u'\].*at least 1.*2, 0, 3"),
+    (
+        dict(data={"u": ones(2, 1, 3), "v": ones(3, 1, 3)}),
+        ValueError,
+        r"data\['v'\].*\[2, 1\].*\[3, 1, 3\]",
+    ),
+    (
+        dict(data={"u": ones(2, 1, 3), "v": ones(2, 2, 3)}),
+        ValueError,
+        r"data\['v'\].*\[2, 1\].*\[2, 2, 3\]",
+    ),
+    (dict(stepper=3), TypeError, "stepper.*callable.*3"),
+    (dict(stepper=lambda u: u["u"]), TypeError, "stepper.*structure"),
+    (dict(stepper=lambda u: None), TypeError, "stepper.*structure"),
+    (
+        dict(stepper=lambda u: {"u": u["u"][1:]}),
+        TypeError,
+        r"stepper.*\['u'\] is float32\[3\].*float32\[2\]",
+    ),
+    (
+        dict(stepper=lambda u: {"u": u["u"].astype(jnp.float16)}),
+        TypeError,
+        r"stepper.*\['u'\] is float32\[3\].*float16\[3\]",
+    ),
+    (
+        dict(stepper=lambda u: {"u": u["u"].astype(jnp.int32)}),
+        TypeError,
+        r"stepper.*\['u'\] is float32\[3\].*int32\[3\]",
+    ),
+    (
+        dict(stepper=lambda u: {"u": u["u"] * 1j}),
+        TypeError,
+        r"stepper.*\['u'\] is float32\[3\].*complex64\[3\]",
+    ),
+    (dict(residuum_fn=None), TypeError, "residuum_fn.*callable.*None"),
+    (dict(residuum_fn=lambda n, p: None), TypeError, "residuum_fn.*array.*None"),
+    (dict(time_level_loss=3), TypeError, "time_level_loss.*callable.*3"),
+    (
+        dict(time_level_loss=lambda r: r),
+        TypeError,
+        r"time_level_loss.*real scalar.*float32\[3\]",
+    ),
+    (
+        dict(time_level_loss=lambda r: r[0] * 1j),
+        TypeError,
+        r"time_level_loss.*real scalar.*complex64\[\]",
+    ),
+    (
+        dict(time_level_loss=lambda r: (r[0], r[1])),
+        TypeError,
+        "time_level_loss.*real scalar",
+    ),
+    (dict(time_level_loss=lambda r: r[0] > 0), TypeError, "time_level_loss.*real.*bool"),
+    (dict(weights=ones(3)), ValueError, r"weights.*\[4\].*\[3\]"),
+    (dict(weights=ones(4, 1)), ValueError, r"weights.*\[4\].*\[4, 1\]"),
+    (dict(weights=1.0), ValueError, r"weights.*\[4\].*\[\]"),
+    (dict(weights=ones(4) * 1j), TypeError, "weights.*real.*complex64"),
+    (dict(weights="ones"), TypeError, "weights.*array.*'ones'"),
+    (dict(weights=[[1.0], [1.0, 2.0]]), TypeError, "weights.*array"),
+    (dict(cuts=True), TypeError, "cuts must be a Cuts.*True"),
+    (dict(cuts=None), TypeError, "cuts must be a Cuts.*None"),
+    (dict(cuts=(True, False, False)), TypeError, r"cuts must be a Cuts.*\(True"),
+    (dict(cuts=Cuts(bptt=0)), ValueError, "cuts.bptt.*at least 1.*0"),
+    (dict(cuts=Cuts(bptt=-2)), ValueError, "cuts.bptt.*at least 1.*-2"),
+    (dict(cuts=Cuts(bptt=1.0)), TypeError, "cuts.bptt.*static int.*1.0"),
+    (dict(cuts=Cuts(bptt=None)), TypeError, "cuts.bptt.*static int.*None"),
+    (dict(cuts=Cuts(bptt=[True] * 4)), TypeError, "cuts.bptt.*bool array.*True"),
+    (dict(cuts=Cuts(bptt=jnp.array(2))), TypeError, "cuts.bptt.*bool array.*int"),
+    (dict(cuts=Cuts(bptt=ones(4))), TypeError, "cuts.bptt.*bool array.*float32"),
+    (dict(cuts=Cuts(bptt=np.array(True))), ValueError, r"cuts.bptt.*\[4\].*bool\[\]"),
+    (dict(cuts=Cuts(bptt=ones(3, dtype=bool))), ValueError, r"cuts.bptt.*\[4\].*\[3\]"),
+    (dict(cuts=Cuts(prev=1)), TypeError, "cuts.prev.*bool array.*1"),
+    (dict(cuts=Cuts(prev=ones(4))), TypeError, "cuts.prev.*bool array.*float32"),
+    (dict(cuts=Cuts(prev=ones(1, dtype=bool))), ValueError, r"cuts.prev.*\[4\].*\[1\]"),
+    (dict(cuts=Cuts(next="yes")), TypeError, "cuts.next.*bool array.*'yes'"),
+    (dict(cuts=Cuts(next=ones(4, 1, dtype=bool))), ValueError, r"cuts.next.*\[4, 1\]"),
+    (dict(unroll=0), ValueError, "unroll.*at least 1.*0"),
+    (dict(unroll=-1), ValueError, "unroll.*at least 1.*-1"),
+    (dict(unroll=1.0), TypeError, "unroll.* int.*1.0"),
+    (dict(checkpoint=1), TypeError, "checkpoint.*static bool.*1"),
+    (dict(has_aux=None), TypeError, "has_aux.*static bool.*None"),
+]
+
+
+def test_the_valid_call_is_valid():
+    assert np.isfinite(valid_call())
+
+
+@pytest.mark.parametrize(
+    "changes, error, pattern",
+    BAD_CALLS,
+    ids=[f"{i}: {next(iter(call[0]))}" for i, call in enumerate(BAD_CALLS)],
+)
+def test_bad_input_is_named(changes, error, pattern):
+    if RUNTIME_TYPECHECKING:
+        # The annotations may object first; they name the argument, too.
+        error, pattern = (error, jaxtyping.TypeCheckError), next(iter(changes))
+    with pytest.raises(error, match=f"(?s){pattern}"):
+        jax.eval_shape(lambda: valid_call(**changes))  # no computation, only tracing
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_rollout_steps", 3),
+        ("unroll", 2),
+        ("checkpoint", True),
+        ("has_aux", True),
+        ("cuts", Cuts(bptt=2)),
+        ("cuts", Cuts(bptt=True)),
+    ],
+)
+def test_tracing_what_must_be_static_is_named(name, value):
+    pattern = "cuts.bptt" if name == "cuts" else name
+    with pytest.raises((TypeError, ValueError), match=pattern):
+        jax.jit(lambda x: valid_call(**{name: x}))(value)
+
+
+#
+# The module as a file
+#
+
+
+def test_annotations_hold_at_run_time():
+    original = sys.modules.pop("residuum")
+    try:
+        with jaxtyping.install_import_hook("residuum", "beartype.beartype"):
+            checked = importlib.import_module("residuum")
+    finally:
+        sys.modules["residuum"] = original
+
+    inputs = problem(5)
+    for bptt in (False, True, 2, MASK[:5]):
+        options = dict(num_rollout_steps=5, cuts=checked.Cuts(bptt, MASK[:5], True))
+        f = functools.partial(value_and_grad, checked.residuum_loss, **options)
+        assert_close(compiled(f, inputs), value_and_grad(textbook_loss, inputs, **options))
+    with pytest.raises(jaxtyping.TypeCheckError, match="weights"):
+        evaluate(checked.residuum_loss, *inputs, num_rollout_steps=4)
+
+
+def test_it_imports_jax_and_jaxtyping_only():
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "residuum.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"jax", "jaxtyping"}
+
+
+def test_public_names():
+    assert sorted(residuum.__all__) == ["Cuts", "Rollout", "mse", "residuum_loss"]
+    assert all(getattr(residuum, name).__doc__ for name in residuum.__all__)
+    assert f"## {residuum.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+README = (ROOT / "README.md").read_text()
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
+def test_readme_block_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = compile(PYTHON_BLOCKS[number], f"README.md block {number}", "exec")
+    with disable_x64():
+        exec(code, {"__name__": "__main__"})
+
+
+def test_readme_has_python_blocks_and_names_every_parameter():
+    assert PYTHON_BLOCKS
+    code = residuum_loss.__kwdefaults__ or residuum_loss.__wrapped__.__kwdefaults__
+    for name in ("stepper", "data", "residuum_fn", *code):
+        assert f"`{name}`" in README
