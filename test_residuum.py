@@ -173,32 +173,43 @@ def cuts_of(num_rollout_steps, bptt, prev=False, next=False):
 #
 
 
-def all_values_and_grads(loss_fn, inputs, num_rollout_steps, bptt, **options):
-    """For every combination of the options `prev`, `next` and `weights`."""
-    return [
-        value_and_grad(
-            loss_fn,
-            inputs,
-            weighted=weighted,
-            num_rollout_steps=num_rollout_steps,
-            cuts=cuts_of(num_rollout_steps, bptt, prev, next),
-            **options,
-        )
-        for prev, next, weighted in itertools.product(FLAGS, repeat=3)
-    ]
-
-
+@pytest.mark.parametrize("unroll", [1, True])
 @pytest.mark.parametrize("bptt", BPTT)
 @pytest.mark.parametrize("num_rollout_steps", [1, 2, 5, 7])
-def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt):
+def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt, unroll):
     inputs = problem(num_rollout_steps)
-    args = (num_rollout_steps, bptt)
-    expected = all_values_and_grads(textbook_loss, inputs, *args)
-    for checkpoint, unroll in itertools.product(FLAGS, [1, 2, True]):
-        options = dict(checkpoint=checkpoint, unroll=unroll)
-        # One compilation for all combinations is much faster than one for each.
-        f = functools.partial(all_values_and_grads, residuum_loss, **options)
-        assert_close(compiled(lambda x, f=f: f(x, *args), inputs), expected, what=options)
+    combinations = list(itertools.product(FLAGS, repeat=3))
+
+    def all_values_and_grads(loss_fn, inputs, **options):
+        return [
+            value_and_grad(
+                loss_fn,
+                inputs,
+                weighted=weighted,
+                num_rollout_steps=num_rollout_steps,
+                cuts=cuts_of(num_rollout_steps, bptt, prev, next),
+                **options,
+            )
+            for prev, next, weighted in combinations
+        ]
+
+    def actual(inputs):  # compiled once for all, which saves most of the time
+        options = [dict(checkpoint=checkpoint, unroll=unroll) for checkpoint in FLAGS]
+        return [all_values_and_grads(residuum_loss, inputs, **o) for o in options]
+
+    actual = compiled(actual, inputs)
+    expected = all_values_and_grads(textbook_loss, inputs)
+    for checkpoint in FLAGS:
+        for i, combination in enumerate(combinations):
+            assert_close(actual[checkpoint][i], expected[i], what=(checkpoint, combination))
+
+
+@pytest.mark.parametrize("unroll", [2, 3, 4])
+@pytest.mark.parametrize("bptt", [False, 2, 3])
+def test_unroll_that_does_not_divide_equals_the_textbook_loop(bptt, unroll):
+    inputs, options = problem(7), dict(num_rollout_steps=7, cuts=Cuts(bptt))
+    f = functools.partial(value_and_grad, residuum_loss, unroll=unroll, **options)
+    assert_close(compiled(f, inputs), value_and_grad(textbook_loss, inputs, **options))
 
 
 @pytest.mark.parametrize("shape", [(), (5,)], ids=["scalar", "per level"])
@@ -240,7 +251,7 @@ def flat_losses(options):
     return flat, flat_loss
 
 
-EXTRA = [{}, {"checkpoint": True}, {"unroll": True}]
+EXTRA = [{}, {"checkpoint": True, "unroll": 2}, {"unroll": True}]
 
 
 @pytest.mark.parametrize("options", HIGHER_ORDER, ids=str)
@@ -257,7 +268,7 @@ def test_forward_mode_equals_the_textbook_loop(options):
 def test_hessians_equal_the_textbook_loop(options):
     flat, flat_loss = flat_losses(options)
     expected = compiled(jax.hessian(flat_loss(textbook_loss)), flat)
-    for extra, outer in itertools.product(EXTRA, [jax.jacfwd, jax.jacrev]):
+    for extra, outer in itertools.product(EXTRA[:2], [jax.jacfwd, jax.jacrev]):
         actual = compiled(outer(jax.jacrev(flat_loss(residuum_loss, **extra))), flat)
         assert_close(actual, expected, what=(outer, extra))
 
@@ -284,7 +295,7 @@ def test_composes_with(name, bptt):
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
     flat, flat_loss = flat_losses(options)
     transform = TRANSFORMATIONS[name]
-    expected = transform(flat_loss(textbook_loss))(flat)
+    expected = compiled(transform(flat_loss(textbook_loss)), flat)
     assert_close(transform(flat_loss(residuum_loss))(flat), expected)
 
 
@@ -309,7 +320,7 @@ def test_closures_over_traced_ints_and_keys(transform, bptt):
             f = lambda x: loss(loss_fn, x, shift, jax.random.key(seed))
             return TRANSFORMATIONS[transform](f)(x)
 
-        return jax.jit(with_ints)(jnp.arange(3.0), 1, 7)
+        return compiled(with_ints, jnp.arange(3.0), 1, 7)
 
     assert_close(of_x(residuum_loss), of_x(textbook_loss))
 
@@ -383,15 +394,11 @@ class VariantsTest(chex.TestCase):
         without_device=True,
         with_pmap=True,
     )
-    @parameterized.product(
-        bptt=["none", "every", "2", "mask"], options=[{}, {"checkpoint": True}]
-    )
-    def test_value_and_gradient(self, bptt, options):
+    @parameterized.parameters("none", "every", "2", "mask")
+    def test_value_and_gradient(self, bptt):
         inputs = problem(5)
         cuts = cuts_of(5, bptt, prev=True)
-        f = functools.partial(
-            value_and_grad, residuum_loss, num_rollout_steps=5, cuts=cuts, **options
-        )
+        f = functools.partial(value_and_grad, residuum_loss, num_rollout_steps=5, cuts=cuts)
         expected = value_and_grad(textbook_loss, inputs, num_rollout_steps=5, cuts=cuts)
         actual = jax.tree.map(jnp.asarray, self.variant(f)(inputs))
         assert_close(actual, expected)
@@ -529,8 +536,9 @@ def test_complex_states_equal_the_textbook_loop(dtype, bptt):
     inputs = rotation_problem(dtype)
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
     actual, expected = (
-        jax.value_and_grad(functools.partial(rotation_loss, f), argnums=(0, 1))(
-            *inputs, **options
+        compiled(
+            jax.value_and_grad(functools.partial(rotation_loss, f, **options), (0, 1)),
+            *inputs,
         )
         for f in (residuum_loss, textbook_loss)
     )
@@ -576,9 +584,9 @@ def test_wider_parameters_promote_the_initial_condition(bptt):
     factor, data = rotation_problem(jnp.float64)
     narrow = data.astype(jnp.float32)
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
-    f = jax.value_and_grad(functools.partial(rotation_loss, residuum_loss), (0, 1))
-    loss, (grad, data_grad) = f(factor, narrow, **options)
-    expected = f(factor, narrow.astype(jnp.float64), **options)
+    f = jax.value_and_grad(functools.partial(rotation_loss, residuum_loss, **options), (0, 1))
+    loss, (grad, data_grad) = compiled(f, factor, narrow)
+    expected = compiled(f, factor, narrow.astype(jnp.float64))
     assert_close((loss, grad), (expected[0], expected[1][0]))
     assert_close(data_grad, expected[1][1].astype(jnp.float32), 1e-6)
 
@@ -613,9 +621,8 @@ def disable_x64():
         jax.config.update("jax_enable_x64", True)
 
 
-@pytest.mark.parametrize("prev", [True, np.array(True)], ids=["static", "mask"])
 @pytest.mark.parametrize("bptt", BPTT)
-def test_step_counters_and_keys_in_the_state(bptt, prev):
+def test_step_counters_and_keys_in_the_state(bptt):
     batch = 2
     data = {
         "u": jax.random.normal(jax.random.key(0), (batch, 1, 3)),
@@ -633,7 +640,7 @@ def test_step_counters_and_keys_in_the_state(bptt, prev):
         def residuum_fn(u_next, u_prev):
             return u_next["count"] * u_next["u"] - u_prev["u"] ** 2
 
-        cuts = cuts_of(5, bptt, prev)
+        cuts = cuts_of(5, bptt, np.array(True), True)
         return loss_fn(stepper, data, residuum_fn, num_rollout_steps=5, cuts=cuts, **options)
 
     def derivatives(loss_fn, **options):
@@ -642,7 +649,7 @@ def test_step_counters_and_keys_in_the_state(bptt, prev):
 
     x = jnp.arange(3.0)
     expected = compiled(derivatives(textbook_loss), x)
-    for options in EXTRA:
+    for options in EXTRA[:2]:
         actual = compiled(derivatives(residuum_loss, **options), x)
         assert_close(actual, expected, what=options)
     _, rollout = loss(residuum_loss, x, has_aux=True)
@@ -895,7 +902,7 @@ def test_trainax_trains_with_it():
         trainer(network, jax.random.key(0), spawn_tqdm=False) for trainer in (ours, reference)
     )
     assert_close(history, expected)
-    assert history[-1] < 0.5 * history[0]
+    assert history[-1] < 0.8 * history[0]
 
 
 #
