@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 
 
@@ -145,64 +146,43 @@ def residuum_loss(
     _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
     steps_per_iteration = _check_unroll(unroll, num_steps)
-    static_cuts, masks, segment_length = _check_cuts(cuts, num_steps)
+    constant_cuts, masks, segment_length = _check_cuts(cuts, num_steps)
     level_weights = _check_weights(weights, num_steps)
     u_0 = _check_data(data)
     u_0 = _check_functions(stepper, residuum_fn, time_level_loss, u_0)
 
     def time_step(u_prev, mask):
-        bptt, prev, next = static_cuts._replace(**mask)
+        bptt, prev, next = constant_cuts._replace(**mask)
         u_next = jax.vmap(stepper)(u_prev)
         residuum = jax.vmap(residuum_fn)(_cut(u_next, next), _cut(u_prev, prev))
         loss = jnp.mean(_at_least_float32(jax.vmap(time_level_loss)(residuum)))
         return _cut(u_next, bptt), loss
 
-    if checkpoint:
+    streamed = segment_length < num_steps
+    if checkpoint and not (streamed and segment_length == 1):
         # In a loop XLA cannot undo rematerialisation; straight code must be protected.
         straight = steps_per_iteration >= segment_length
         time_step = jax.checkpoint(time_step, prevent_cse=straight)
 
-    final_state, losses = _rollout(
-        time_step, u_0, masks, num_steps, segment_length, steps_per_iteration
-    )
-    if level_weights is None:
-        loss = jnp.sum(losses)
+    args = (time_step, u_0, (level_weights, masks), num_steps)
+    if streamed:
+        loss, aux = _streamed_rollout(*args, segment_length, steps_per_iteration)
     else:
-        loss = jnp.sum(level_weights.astype(losses.dtype) * losses)
-    if has_aux:
-        return loss, Rollout(*jax.lax.stop_gradient((losses, final_state)))
-    return loss
+        loss, aux = _rollout(*args, steps_per_iteration)
+    return (loss, Rollout(*jax.lax.stop_gradient(aux))) if has_aux else loss
 
 
 #
-# The rollout
-#
-# A loop over time steps. Where backpropagation through time is cut after every k-th step,
-# it is a loop over segments of k steps each, so that the cut is part of the program and
-# not a selection.
+# The rollout: a loop over time steps
 #
 
 
-def _rollout(time_step, u, masks, num_steps, segment_length, unroll):
-    """Returns the state after `num_steps` and the losses `[num_steps]`."""
-
-    def segment(u, masks, length=segment_length):
-        u, losses = _scan(time_step, u, masks, length, unroll)
-        return _cut(u, True), losses
-
-    if segment_length >= num_steps:
-        return _scan(time_step, u, masks, num_steps, unroll)
-    num_segments, remainder = divmod(num_steps, segment_length)
-    whole = num_segments * segment_length
-    per_segment = (num_segments, segment_length)
-    head = jax.tree.map(lambda mask: mask[:whole].reshape(per_segment), masks)
-    u, losses = _scan(segment, u, head, num_segments, max(unroll // segment_length, 1))
-    losses = losses.reshape(whole)
-    if remainder:
-        tail = jax.tree.map(lambda mask: mask[whole:], masks)
-        u, last_losses = segment(u, tail, remainder)
-        losses = jnp.concatenate([losses, last_losses])
-    return u, losses
+def _rollout(time_step, u, levels, num_steps, unroll):
+    """Returns the weighted sum of the losses; and the losses, and the final state."""
+    weights, masks = levels
+    u, losses = _scan(time_step, u, masks, num_steps, unroll)
+    loss = jnp.sum(losses if weights is None else weights.astype(losses.dtype) * losses)
+    return loss, (losses, u)
 
 
 def _scan(step, carry, xs, length, unroll):
@@ -213,11 +193,11 @@ def _scan(step, carry, xs, length, unroll):
     for t in range(length):
         carry, y = step(carry, jax.tree.map(itemgetter(t), xs))
         ys.append(y)
-    return carry, jnp.stack(ys)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
 def _cut(u, where):
-    """Stops the gradient of the inexact leaves of `u` where `where` is true."""
+    """Stops the gradient where `where` is true; selects only if that is not static."""
     if where is False:
         return u
     if where is True:
@@ -227,8 +207,152 @@ def _cut(u, where):
 
 
 #
-# Precision
+# The streaming gradient of a truncated rollout
 #
+# Static cuts divide the rollout into segments of `k` steps, and no gradient crosses from
+# one segment into another. Differentiating a loop over all of them would nevertheless store
+# every activation on the way: it runs forward to the end before it runs backward.
+#
+# But the loss is a scalar, the sum of the losses of the segments, and so its gradient is the
+# sum of their gradients, which can be accumulated while the rollout advances: take value and
+# gradient of one segment, add them up, cut the state, go on. This is the arithmetic of
+# ordinary backpropagation in another order, and nothing is kept but the running sum and one
+# segment's activations.
+#
+# A `jax.custom_jvp` rule makes that sum the derivative of the rollout: the tangent of the
+# loss is the inner product of the accumulated gradient and the tangents of the inputs. It is
+# linear in the tangents, so JAX transposes it for reverse mode. It consists of operations
+# that JAX can differentiate, so derivatives of any order are exact. And it does not run
+# where only the value is asked for.
+#
+# Cost: memory for the gradient of one segment and one copy of what it is taken with respect
+# to, whatever the number of steps; the run time of ordinary backpropagation.
+#
+
+
+def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
+    """`_rollout` with the main chain cut after every `k`-th step."""
+    # A rule must not close over tracers, so what `time_step` closes over, first of all the
+    # parameters, becomes an argument. `jax.closure_convert` would miss integers and keys.
+    _, masks = levels
+    first_mask = jax.tree.map(itemgetter(0), masks)
+    step, closed_over, (_, level_loss) = _hoist(time_step, u_0, first_mask)
+
+    def advance(variables, num_steps, closed_over, carry, levels):
+        """Advances the state, the sum of the losses, and the sum of their gradients by one
+        segment."""
+        u, sums = carry
+        constants = (closed_over, u)
+
+        def segment(variables):
+            closed_over, u = _combine(variables, constants)
+            return _rollout(partial(step, closed_over), u, levels, num_steps, unroll)
+
+        value_and_grad = jax.value_and_grad(segment, has_aux=True)
+        (loss, (losses, u)), (grads, u_grads) = value_and_grad(variables)
+        # Cut the state here, too: derivatives of higher order differentiate this code.
+        return (_cut(u, True), jax.tree.map(_add, sums, (loss, grads))), (losses, u_grads)
+
+    def value_and_grad(variables, closed_over, u, levels):
+        """Value of the rollout, and its gradient with respect to `variables`: the pair
+        `(closed_over, u)` with `None` for every leaf that is held constant."""
+        closed_variables, u_variables = variables
+        # The initial condition gets its gradient from the first segment, which shares the
+        # loop of the others if that is not wanted. The last segment may be shorter.
+        num_first = 1 if jax.tree.leaves(u_variables) else 0
+        num_whole, remainder = divmod(num_steps - num_first * k, k)
+        carry = u, jax.tree.map(_zero, (level_loss, closed_variables))
+        start, losses, u_grads = 0, [], []
+        for num_segments, length, with_respect_to in (
+            (num_first, k, variables),
+            (num_whole, k, (closed_variables, None)),
+            (min(remainder, 1), remainder, (closed_variables, None)),
+        ):
+            if num_segments == 0:
+                continue
+            stop = start + num_segments * length
+            shape = (num_segments, length)
+            run = [x[start:stop].reshape(shape) for x in jax.tree.leaves(levels)]
+            run = jax.tree.unflatten(jax.tree.structure(levels), run)
+            segment = partial(advance, with_respect_to, length, closed_over)
+            carry, ys = _scan(segment, carry, run, num_segments, max(unroll // k, 1))
+            losses.append(ys[0].reshape(-1))
+            u_grads.append(ys[1])
+            start = stop
+        u, (loss, grads) = carry
+        u_grads = jax.tree.map(itemgetter(0), u_grads[0])
+        return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
+
+    @jax.custom_jvp
+    def rollout(closed_over, u_0, levels):
+        value, _ = value_and_grad((None, None), closed_over, u_0, levels)
+        return value
+
+    @partial(rollout.defjvp, symbolic_zeros=True)
+    def rollout_jvp(primals, tangents):
+        primals = jax.tree.map(jnp.asarray, primals)  # of Python scalars, too
+        is_zero = lambda tangent: isinstance(tangent, SymbolicZero)
+        variables = jax.tree.map(lambda x, dot: None if is_zero(dot) else x, primals, tangents)
+        tangents = jax.tree.map(lambda dot: None if is_zero(dot) else dot, tangents)
+        (loss, aux), grads = value_and_grad(variables[:2], *primals)
+        closed_over_dot, u_0_dot, (weights_dot, _) = tangents
+        # The loss is linear in the weights; what it multiplies them by is the losses.
+        gradient = (*grads, None if weights_dot is None else aux[0])
+        tangent = (closed_over_dot, u_0_dot, weights_dot)
+        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
+        loss_dot = reduce(jnp.add, [_inner_product(*pair, loss.dtype) for pair in pairs])
+        # Nothing else has a tangent: zeros, or for integers what JAX has in their place.
+        _, aux_dot = jax.jvp(lambda _: aux, (0.0,), (0.0,))
+        return (loss, aux), (loss_dot, aux_dot)
+
+    return rollout(closed_over, u_0, levels)
+
+
+def _hoist(f, *args):
+    """Returns `g` and `closed_over` such that `g(closed_over, *args)` is `f(*args)`, and the
+    shape of that."""
+    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+
+    def g(closed_over, *args):
+        leaves = jax.core.eval_jaxpr(jaxpr.jaxpr, closed_over, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+    return g, jaxpr.consts, shape
+
+
+def _combine(variables, constants):
+    """`variables`, with the leaves of `constants` where they are `None`."""
+    is_none = lambda x: x is None
+    pick = lambda variable, constant: constant if variable is None else variable
+    return jax.tree.map(pick, variables, constants, is_leaf=is_none)
+
+
+def _inner_product(gradient, tangent, dtype):
+    # A gradient of a complex input is the conjugate of the mathematician's, so this is not
+    # `vdot`; and `dot` would lose precision on an accelerator.
+    return jnp.sum(gradient * tangent.astype(gradient.dtype)).real.astype(dtype)
+
+
+#
+# Precision: half precision is accumulated in float32
+#
+
+
+def _accumulator_dtype(dtype):
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if is_wide else jnp.dtype(jnp.float32)
+
+
+def _at_least_float32(x):
+    return x.astype(_accumulator_dtype(x.dtype))
+
+
+def _zero(x):
+    return jnp.zeros(x.shape, _accumulator_dtype(x.dtype))
+
+
+def _add(total, x):
+    return total + x.astype(total.dtype)
 
 
 def _abs_squared(r):
@@ -236,10 +360,6 @@ def _abs_squared(r):
     if jnp.iscomplexobj(r):
         return _abs_squared(r.real) + _abs_squared(r.imag)
     return jnp.square(_at_least_float32(r))
-
-
-def _at_least_float32(x):
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 #
@@ -275,30 +395,32 @@ def _check_unroll(unroll, num_steps):
 
 
 def _check_cuts(cuts, num_steps):
-    """Returns the static `prev` and `next`, the masks `[num_steps]` by field, and the
-    number of steps between static cuts of the main chain."""
+    """Returns the cuts that are the same at all time levels, the masks `[num_steps]` by
+    field, and the number of steps between static cuts of the main chain."""
     if not isinstance(cuts, Cuts):
         raise TypeError(f"cuts must be a Cuts(bptt, prev, next), got {_describe(cuts)}.")
-    static, masks, segment_length = Cuts(), {}, num_steps
+    constant, masks, segment_length = Cuts(), {}, num_steps
     for field, cut in cuts._asdict().items():
         name, main_chain = f"cuts.{field}", field == "bptt"
         if main_chain and isinstance(cut, Integral):
             if cut is not False:
                 segment_length = 1 if cut is True else _check_int(name, cut)
         elif isinstance(cut, bool):
-            static = static._replace(**{field: cut})
+            constant = constant._replace(**{field: cut})
         elif not hasattr(cut, "dtype") or not jnp.issubdtype(cut.dtype, jnp.bool):
             expected = "a bool, a static int" if main_chain else "a bool"
             raise TypeError(f"{name} must be {expected} or a bool array, got {_describe(cut)}.")
-        elif cut.shape == (num_steps,) or (cut.shape == () and not main_chain):
-            masks[field] = jnp.broadcast_to(cut, (num_steps,))
+        elif cut.shape == () and not main_chain:
+            constant = constant._replace(**{field: cut})
+        elif cut.shape == (num_steps,):
+            masks[field] = jnp.asarray(cut)
         else:
             expected = f"[num_rollout_steps] = [{num_steps}]"
             raise ValueError(
                 f"{name} must be of shape {expected if main_chain else '[] or ' + expected}"
                 f", got {_describe(cut)}."
             )
-    return static, masks, segment_length
+    return constant, masks, segment_length
 
 
 def _check_weights(weights, num_steps):
