@@ -181,8 +181,7 @@ def _rollout(time_step, u, levels, num_steps, unroll):
     """Returns the weighted sum of the losses; and the losses, and the final state."""
     weights, masks = levels
     u, losses = _scan(time_step, u, masks, num_steps, unroll)
-    loss = jnp.sum(losses if weights is None else weights.astype(losses.dtype) * losses)
-    return loss, (losses, u)
+    return jnp.sum(weights.astype(losses.dtype) * losses), (losses, u)
 
 
 def _scan(step, carry, xs, length, unroll):
@@ -425,7 +424,9 @@ def _check_cuts(cuts, num_steps):
 
 def _check_weights(weights, num_steps):
     if weights is None:
-        return None
+        # As an array like any other. JAX moves what depends on constants alone out of the
+        # loop over segments, and would then store it for each step of one.
+        return jnp.ones(num_steps, jnp.float32)
     try:
         array = jnp.asarray(weights)
     except (TypeError, ValueError):

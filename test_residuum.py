@@ -803,6 +803,131 @@ def test_unroll_is_steps_per_iteration():
 
 
 #
+# The cost, as far as it is deterministic: what the compiler allocates, what JAX traces
+#
+
+
+def network_problem(name):
+    """Params, data and a stepper `(params, u) -> u_next` in float32."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    if name == "mlp":
+        shapes, num_points = [(64, 64), (64, 64)], 64
+        layer = lambda u, w: w @ u
+    else:
+        shapes, num_points = [(8, 1, 5), (8, 8, 5), (1, 8, 5)], 64
+        layer = lambda u, w: jax.lax.conv_general_dilated(u[None], w, (1,), "SAME")[0]
+    params = [jax.random.normal(k, s, jnp.float32) / 8 for k, s in zip(keys, shapes)]  # noqa: B905
+    state_shape = (num_points,) if name == "mlp" else (1, num_points)
+    data = jax.random.normal(keys[-1], (8, 1, *state_shape), jnp.float32)
+
+    def stepper(params, u):
+        hidden = u
+        for w in params:
+            hidden = jnp.tanh(layer(hidden, w))
+        return u + hidden
+
+    return params, data, stepper
+
+
+def temporaries(name, num_rollout_steps, *, loss_fn=residuum_loss, wrt=0, **options):
+    """Bytes of temporary memory of the compiled value and gradient."""
+    params, data, stepper = network_problem(name)
+
+    def loss(params, data):
+        return loss_fn(
+            functools.partial(stepper, params),
+            data,
+            lambda n, p: n - p,
+            num_rollout_steps=num_rollout_steps,
+            **options,
+        )
+
+    compiled = jax.jit(jax.value_and_grad(loss, wrt)).lower(params, data).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def num_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("wrt", [0, 1, (0, 1)], ids=["params", "data", "both"])
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": 5}], ids=str)
+@pytest.mark.parametrize("bptt", [1, 5])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_memory_of_a_truncated_rollout_does_not_grow_with_its_length(name, bptt, options, wrt):
+    options = dict(cuts=Cuts(bptt, next=True), wrt=wrt, **options)
+    assert temporaries(name, 1000, **options) == temporaries(name, 20, **options)
+
+
+@pytest.mark.parametrize("bptt", [1, 5])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_memory_of_a_truncated_rollout_is_that_of_one_segment(name, bptt):
+    one_segment = temporaries(name, bptt)
+    params, _, _ = network_problem(name)
+    streamed = temporaries(name, 1000, cuts=Cuts(bptt))
+    assert streamed <= 1.5 * (one_segment + num_bytes(params))
+    # An ordinary scan needs this much for the states alone.
+    assert temporaries(name, 1000, cuts=Cuts(np.ones(1000, bool))) > 20 * streamed / bptt
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_checkpoint_stores_one_state_per_step_and_nothing_else(name):
+    _, data, _ = network_problem(name)
+    short, long = (temporaries(name, n, checkpoint=True) for n in (100, 1000))
+    assert long - short <= 1.01 * 900 * num_bytes(data)
+    stored = temporaries(name, 1000) - temporaries(name, 100)
+    assert stored > 1.9 * (long - short)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_checkpoint_within_segments_stores_one_state_per_step_of_a_segment(name):
+    _, data, _ = network_problem(name)
+    short, long = (temporaries(name, 1000, cuts=Cuts(k), checkpoint=True) for k in (50, 100))
+    assert long - short <= 1.01 * 50 * num_bytes(data)
+
+
+@pytest.mark.parametrize("bptt", [False, 1, 2])
+def test_unrolled_it_needs_no_more_memory_than_trainax(bptt):
+    def trainax_loss(stepper, data, residuum_fn, *, num_rollout_steps):
+        configuration = trainax.configuration.Residuum(
+            num_rollout_steps, cut_bptt=bptt is not False, cut_bptt_every=int(bptt) or 1
+        )
+        return configuration(stepper, data, residuum_fn=residuum_fn)
+
+    ours = temporaries("conv", 10, cuts=Cuts(bptt), unroll=True)
+    assert ours <= 1.05 * temporaries("conv", 10, loss_fn=trainax_loss)
+
+
+@pytest.mark.parametrize("bptt", [1, 3])
+def test_streaming_does_the_arithmetic_of_one_segment_per_segment(bptt):
+    names = program(30, cuts=Cuts(bptt))
+    one_segment = program(bptt)
+    for primitive in ("dot_general", "tanh"):
+        assert names.count(primitive) == one_segment.count(primitive)
+
+
+def test_nothing_of_the_gradient_is_computed_for_the_value():
+    forward = program(30, lambda f: f)
+    streamed = program(30, lambda f: f, cuts=Cuts(1))
+    for primitive in ("dot_general", "tanh"):
+        assert streamed.count(primitive) == forward.count(primitive) == 1
+
+
+def test_nothing_is_accumulated_for_constants():
+    big = jnp.ones((512, 512), jnp.float32)
+    data = jnp.ones((1, 1, 512), jnp.float32)
+
+    def loss(scale, big):
+        stepper = lambda u: jnp.tanh(scale * u)
+        residuum_fn = lambda n, p: big @ n - p
+        options = dict(num_rollout_steps=10, cuts=Cuts(1))
+        return residuum_loss(stepper, data, residuum_fn, **options)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.float32(1), big).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < big.nbytes / 2
+
+
+#
 # The second witness: trainax
 #
 
