@@ -260,7 +260,8 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
         # loop of the others if that is not wanted. The last segment may be shorter.
         num_first = 1 if jax.tree.leaves(u_variables) else 0
         num_whole, remainder = divmod(num_steps - num_first * k, k)
-        carry = u, jax.tree.map(_zero, (level_loss, closed_variables))
+        zeros = jax.tree.map(_zero, (level_loss, closed_variables))
+        carry = _vary((u, zeros), _varying_axes((closed_over, u)))
         start, losses, u_grads = 0, [], []
         for num_segments, length, with_respect_to in (
             (num_first, k, variables),
@@ -282,17 +283,21 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
         u_grads = jax.tree.map(itemgetter(0), u_grads[0])
         return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
 
-    @jax.custom_jvp
     def rollout(closed_over, u_0, levels):
         value, _ = value_and_grad((None, None), closed_over, u_0, levels)
         return value
 
-    @partial(rollout.defjvp, symbolic_zeros=True)
     def rollout_jvp(primals, tangents):
         primals = jax.tree.map(jnp.asarray, primals)  # of Python scalars, too
         is_zero = lambda tangent: isinstance(tangent, SymbolicZero)
         variables = jax.tree.map(lambda x, dot: None if is_zero(dot) else x, primals, tangents)
         tangents = jax.tree.map(lambda dot: None if is_zero(dot) else dot, tangents)
+        axes = _varying_axes(primals)
+        if any(_varying_axes(x) != axes for x in jax.tree.leaves(variables)):
+            # The gradient with respect to what does not vary over an axis of a `shard_map`
+            # is a sum over that axis; a tangent of the local loss cannot be made from it.
+            f = lambda variables: rollout(*_combine(variables, primals))
+            return jax.jvp(f, (variables,), (tangents,))
         (loss, aux), grads = value_and_grad(variables[:2], *primals)
         closed_over_dot, u_0_dot, (weights_dot, _) = tangents
         # The loss is linear in the weights; what it multiplies them by is the losses.
@@ -304,7 +309,9 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
         _, aux_dot = jax.jvp(lambda _: aux, (0.0,), (0.0,))
         return (loss, aux), (loss_dot, aux_dot)
 
-    return rollout(closed_over, u_0, levels)
+    streamed_rollout = jax.custom_jvp(rollout)
+    streamed_rollout.defjvp(rollout_jvp, symbolic_zeros=True)
+    return streamed_rollout(closed_over, u_0, levels)
 
 
 def _hoist(f, *args):
@@ -317,6 +324,32 @@ def _hoist(f, *args):
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return g, jaxpr.consts, shape
+
+
+def _varying_axes(tree):
+    """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
+
+    def axes(leaf):
+        aval: Any = getattr(leaf, "aval", None)
+        if hasattr(aval, "manual_axis_type"):  # from JAX 0.10 on
+            return aval.manual_axis_type.varying
+        return getattr(aval, "vma", frozenset())
+
+    return frozenset().union(*map(axes, jax.tree.leaves(tree)))
+
+
+def _vary(tree, axes):
+    """Makes all leaves vary over `axes`. A loop may not change what its carry varies over."""
+
+    def vary(x):
+        missing = tuple(axes - _varying_axes(x))
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        return jax.lax.pvary(x, missing)  # type: ignore[attr-defined]  # before JAX 0.8
+
+    return jax.tree.map(vary, tree)
 
 
 def _combine(variables, constants):

@@ -72,23 +72,43 @@ def draw(rows, networks, cut, path):
     figure.savefig(path, dpi=130)
 
 
-def print_table(rows, num_steps):
-    groups = collections.defaultdict(list)
+PEERS = ("trainax", "scan", "equinox", "torch", "limit")
+
+
+def print_table(rows, cuts, num_steps):
+    """A line for each network, cut, and choice of our options; each cell has compile time,
+    memory and run time, in bold where a peer is ahead of all that we offer."""
+    groups = collections.defaultdict(dict)
     for row in rows:
-        if row["num_rollout_steps"] == num_steps:
-            groups[row["network"], row["cut"]].append(row)
-    print("| network, cut | | compile | memory | run | run, of residuum |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+        if row["num_rollout_steps"] == num_steps and row["cut"] in cuts:
+            groups[row["network"], row["cut"]][row["peer"]] = row
+    print("| network, cut | options | residuum | " + " | ".join(PEERS) + " |")
+    print("| --- | --- |" + " ---: |" * (1 + len(PEERS)))
     for (network, cut), group in groups.items():
-        ours = next(row["run_s"] for row in group if row["peer"] == "residuum")
-        for i, row in enumerate(group):
-            name = f"{network}, {cut}" if i == 0 else ""
-            peer = f"**{row['peer']}**" if "residuum" in row["peer"] else row["peer"]
-            compile_ = f"{row['compile_s']:.2f} s" if row["compile_s"] else ""
-            memory = f"{row['temp_bytes'] / 1e6:.2f} MB" if row["temp_bytes"] else ""
-            run = f"{row['run_s'] * 1e3:.1f} ms" if row["run_s"] else ""
-            ratio = f"{row['run_s'] / ours:.2f}" if row["run_s"] else ""
-            print(f"| {name} | {peer} | {compile_} | {memory} | {run} | {ratio} |")
+        ours = [row for peer, row in group.items() if peer not in PEERS]
+        best = {column: min(row[column] for row in ours) for column in UNITS}
+        for i, row in enumerate(ours):
+            options = row["peer"].removeprefix("residuum").lstrip(", ").replace("=", " = ")
+            cells = [f"{network}, {cut}" if i == 0 else "", options, cell(row)]
+            for peer in PEERS:
+                cells.append(cell(group[peer], best) if i == 0 and peer in group else "")
+            print("| " + " | ".join(cells) + " |")
+
+
+UNITS = {
+    "compile_s": lambda x: f"{x:.2f} s",
+    "temp_bytes": lambda x: f"{x / 1e6:.2f} MB",
+    "run_s": lambda x: f"{x * 1e3:.1f} ms",
+}
+
+
+def cell(row, best=None):
+    numbers = []
+    for column, unit in UNITS.items():
+        if row[column]:
+            ahead = best is not None and row[column] < best[column]
+            numbers.append(f"**{unit(row[column])}**" if ahead else unit(row[column]))
+    return " / ".join(numbers)
 
 
 def main():
@@ -100,11 +120,12 @@ def main():
         "--output", type=pathlib.Path, default=pathlib.Path("assets/rollout_cost.png")
     )
     parser.add_argument("--cut", default="bptt=1", help="the cut that the figure is about")
+    parser.add_argument("--table-cuts", nargs="+", default=["no cut", "bptt=1", "bptt=5"])
     parser.add_argument("--steps", type=int, default=50, help="the table's rollout length")
     args = parser.parse_args()
     rows = read(args.input)
     print(rows[0]["machine"] + "\n")
-    print_table(rows, args.steps)
+    print_table(rows, args.table_cuts, args.steps)
     networks = list(dict.fromkeys(row["network"] for row in rows))
     draw(rows, networks, args.cut, args.output)
 

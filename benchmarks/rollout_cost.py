@@ -26,7 +26,7 @@ Where the time goes, found with this program and the optimised HLO on two CPU co
 - An FFT is a library call and costs the same anywhere. Unrolling the steps of a segment
   spares the stacking of their residuals.
 
-    python benchmarks/rollout_cost.py            everything, about half an hour on two cores
+    python benchmarks/rollout_cost.py            everything, about ten minutes on two cores
     python benchmarks/rollout_cost.py --quick    a selection, about a minute
     python benchmarks/draw.py                    the figure and the table from the CSV file
 """
@@ -68,7 +68,8 @@ CONVOLUTIONAL = ("conv 1D", "conv 2D", "U-Net")
 
 # What is left out because it takes too long or too much memory
 MAX_PYTHON_LOOP = {"MLP": 50, "FNO": 50, "conv 1D": 50, "conv 2D": 50, "U-Net": 5}
-MAX_STEPS = {"MLP": 1000, "FNO": 1000, "conv 1D": 1000, "conv 2D": 200, "U-Net": 50}
+MAX_STEPS = {"MLP": 1000, "FNO": 1000, "conv 1D": 1000, "conv 2D": 50, "U-Net": 50}
+MAX_TORCH = 50
 MAX_TEMPORARIES = 4e9
 
 
@@ -259,8 +260,8 @@ def compile_peer(loss, network, data, num_steps, k):
 
 
 def torch_program(name, network, data, num_steps, k):
-    """The program, or None for a network that has no twin here."""
-    if torch is None or name == "U-Net":
+    """The program, or None for a network that has no twin here, or for a long rollout."""
+    if torch is None or name == "U-Net" or num_steps > MAX_TORCH:
         return None
     params, static = eqx.partition(network, eqx.is_array)
     leaves, treedef = jax.tree.flatten(params)
@@ -376,7 +377,7 @@ def main():
     names = ("MLP", "FNO", "conv 1D", "conv 2D", "U-Net")
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--steps", nargs="+", type=int, default=NUM_STEPS)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of runs for each row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of runs for each row")
     parser.add_argument("--quick", action="store_true", help="MLP and FNO, few steps")
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("benchmarks/rollout_cost.csv")
