@@ -123,15 +123,17 @@ def residuum_loss(
     - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
         Note the order: next first.
     - `num_rollout_steps`: static number of autoregressive steps, at least 1.
-    - `cuts`: where gradients stop, see `Cuts`.
+    - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps the
+        gradient takes the memory of `k` steps, however long the rollout.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` is all ones.
     - `time_level_loss`: `residuum -> real scalar`.
-    - `checkpoint`: rematerialise each time step in the backward pass. Stores states, not
-        activations, for about one more forward pass of run time.
+    - `checkpoint`: rematerialise each time step in the backward pass. Stores one state per
+        step instead of its activations, for about one more forward pass of run time.
     - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at
-        all. Compile time grows with it. On a CPU XLA runs a convolution in a loop many
-        times slower than outside (https://github.com/jax-ml/jax/issues/12868), which is
-        what `True` is for. A single step is never a loop.
+        all. Compile time grows with it, and is otherwise independent of the number of
+        steps. On a CPU, XLA runs a convolution in a loop slower than outside
+        (https://github.com/jax-ml/jax/issues/12868), which is what `True` is for. A single
+        step is never a loop.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
@@ -225,7 +227,9 @@ def _cut(u, where):
 # where only the value is asked for.
 #
 # Cost: memory for the gradient of one segment and one copy of what it is taken with respect
-# to, whatever the number of steps; the run time of ordinary backpropagation.
+# to, whatever the number of steps; the run time of ordinary backpropagation. The exception
+# is a `jax.shard_map` with `check_vma=True`, and a gradient with respect to what does not
+# vary over its mesh: there the loop is differentiated as a whole. `jax.lax.pcast` helps.
 #
 
 
@@ -238,8 +242,7 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
     step, closed_over, (_, level_loss) = _hoist(time_step, u_0, first_mask)
 
     def advance(variables, num_steps, closed_over, carry, levels):
-        """Advances the state, the sum of the losses, and the sum of their gradients by one
-        segment."""
+        """Moves on by one segment: the state, the sum of the losses, that of the gradients."""
         u, sums = carry
         constants = (closed_over, u)
 
@@ -270,15 +273,12 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
         ):
             if num_segments == 0:
                 continue
-            stop = start + num_segments * length
-            shape = (num_segments, length)
-            run = [x[start:stop].reshape(shape) for x in jax.tree.leaves(levels)]
-            run = jax.tree.unflatten(jax.tree.structure(levels), run)
             segment = partial(advance, with_respect_to, length, closed_over)
-            carry, ys = _scan(segment, carry, run, num_segments, max(unroll // k, 1))
+            chunk = _chunk(levels, start, num_segments, length)
+            carry, ys = _scan(segment, carry, chunk, num_segments, max(unroll // k, 1))
             losses.append(ys[0].reshape(-1))
             u_grads.append(ys[1])
-            start = stop
+            start += num_segments * length
         u, (loss, grads) = carry
         u_grads = jax.tree.map(itemgetter(0), u_grads[0])
         return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
@@ -312,6 +312,12 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
     streamed_rollout = jax.custom_jvp(rollout)
     streamed_rollout.defjvp(rollout_jvp, symbolic_zeros=True)
     return streamed_rollout(closed_over, u_0, levels)
+
+
+def _chunk(levels, start, num_segments, length):
+    """The levels of some segments from level `start` on, `[num_segments, length]`."""
+    stop = start + num_segments * length
+    return jax.tree.map(lambda x: x[start:stop].reshape(num_segments, length), levels)
 
 
 def _hoist(f, *args):

@@ -457,7 +457,7 @@ def test_every_platform_agrees_with_the_textbook_loop_on_the_cpu(platform):
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
 @pytest.mark.parametrize("check_vma", FLAGS)
 @pytest.mark.parametrize("where", ["outside", "inside", "inside, varying parameters"])
-@pytest.mark.parametrize("options", EXTRA, ids=str)
+@pytest.mark.parametrize("options", EXTRA[:2], ids=str)
 @pytest.mark.parametrize("bptt", ["none", "every", "2"])
 def test_data_parallel_gradient_equals_the_textbook_loop(bptt, options, where, check_vma):
     num_devices = jax.device_count()
