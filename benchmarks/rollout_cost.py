@@ -26,7 +26,7 @@ Where the time goes, found with this program and the optimised HLO on two CPU co
 - An FFT is a library call and costs the same anywhere. Unrolling the steps of a segment
   spares the stacking of their residuals.
 
-    python benchmarks/rollout_cost.py            everything, about ten minutes on two cores
+    python benchmarks/rollout_cost.py            everything, about 25 minutes on two cores
     python benchmarks/rollout_cost.py --quick    a selection, about a minute
     python benchmarks/draw.py                    the figure and the table from the CSV file
 """
