@@ -37,6 +37,7 @@ import itertools
 import os
 import pathlib
 import platform
+import random
 import statistics
 import time
 
@@ -337,16 +338,16 @@ def measure(name, network, data, cut_name, num_steps, limit, seconds):
 
     limit_steps = min(num_steps, 10)
     programs["limit"], rows["limit"] = lambda: [limit() for _ in range(limit_steps)], {}
-    times, order = {peer: [] for peer in programs}, list(programs)
+    times = {peer: [] for peer in programs}
     deadline = time.perf_counter() + seconds
-    while len(times["limit"]) < 3 or (
+    while len(times["limit"]) < 5 or (
         time.perf_counter() < deadline and len(times["limit"]) < 50
     ):
-        for peer in order:
+        # In random order: who runs behind a peer of as much memory finds it mapped already.
+        for peer in random.sample(list(programs), len(programs)):
             start = time.perf_counter()
             programs[peer]()
             times[peer].append(time.perf_counter() - start)
-        order = order[1:] + order[:1]  # nobody always runs behind the same other one
     for peer, samples in times.items():
         rows[peer]["run_s"] = statistics.median(samples)
     rows["limit"]["run_s"] *= num_steps / limit_steps
@@ -376,6 +377,7 @@ def main():
     )
     names = ("MLP", "FNO", "conv 1D", "conv 2D", "U-Net")
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--cuts", nargs="+", default=tuple(CUTS), choices=tuple(CUTS))
     parser.add_argument("--steps", nargs="+", type=int, default=NUM_STEPS)
     parser.add_argument("--seconds", type=float, default=1.0, help="of runs for each row")
     parser.add_argument("--quick", action="store_true", help="MLP and FNO, few steps")
@@ -387,7 +389,7 @@ def main():
         args.networks, args.steps, args.seconds = ("MLP", "FNO"), (1, 10), 0.5
     rollouts = [
         (cut, num_steps)
-        for cut, num_steps in itertools.product(CUTS, args.steps)
+        for cut, num_steps in itertools.product(args.cuts, args.steps)
         if cut == "no cut" or num_steps > (CUTS[cut] or 0)
     ]
 
