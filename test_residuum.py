@@ -1313,6 +1313,13 @@ def test_readme_block_runs(number, tmp_path, monkeypatch):
         exec(code, {"__name__": "__main__"})
 
 
+def test_readme_example_trains():
+    example = {}
+    with disable_x64():
+        exec(PYTHON_BLOCKS[0], example)
+        assert example["loss"](example["kernel"], example["data"]) < 1e-5
+
+
 def test_readme_has_python_blocks_and_names_every_parameter():
     assert PYTHON_BLOCKS
     code = residuum_loss.__kwdefaults__ or residuum_loss.__wrapped__.__kwdefaults__
