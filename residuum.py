@@ -82,6 +82,8 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
     Real scalar, accumulated in float32 or wider. Leaves count by their number of entries.
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(residuum)]
+    if not leaves:
+        raise ValueError(f"residuum must hold at least one array, got {residuum!r}.")
     sums = [jnp.sum(_abs_squared(r)) for r in leaves]
     widest = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
     return reduce(jnp.add, [s.astype(widest) for s in sums]) / sum(r.size for r in leaves)
@@ -386,7 +388,8 @@ def _at_least_float32(x):
 
 
 def _zero(x):
-    return jnp.zeros(x.shape, _accumulator_dtype(x.dtype))
+    # `zeros_like` knows the mesh of explicit sharding; a scalar of `zeros` is on none.
+    return jnp.zeros_like(x, _accumulator_dtype(x.dtype))
 
 
 def _add(total, x):
@@ -421,8 +424,8 @@ def _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux):
 def _check_int(name, value):
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a static int, got {_describe(value)}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not 1 <= int(value) < 2**31:
+        raise ValueError(f"{name} must be at least 1 and below 2**31, got {value}.")
     return int(value)
 
 
@@ -468,9 +471,9 @@ def _check_weights(weights, num_steps):
         return jnp.ones(num_steps, jnp.float32)
     try:
         array = jnp.asarray(weights)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"weights must be an array, got {_describe(weights)}.") from None
-    if jnp.iscomplexobj(array):
+    if _kind(array.dtype) not in (jnp.floating, jnp.integer, jnp.bool):
         raise TypeError(f"weights must be real, got {_describe(array)}.")
     if array.shape != (num_steps,):
         raise ValueError(
@@ -488,7 +491,7 @@ def _check_data(data):
     shape = None
     for path, leaf in leaves:
         name = f"data{jax.tree_util.keystr(path)}"
-        if not hasattr(leaf, "dtype") or leaf.dtype == object:
+        if not _is_array(leaf):
             raise TypeError(f"{name} must be an array, got {_describe(leaf)}.")
         if len(leaf.shape) < 2 or 0 in leaf.shape[:2]:
             raise ValueError(
@@ -513,7 +516,7 @@ def _first_snapshot(leaf):
 
 def _check_functions(stepper, residuum_fn, time_level_loss, u_0):
     """Returns `u_0` in the dtypes of the states that `stepper` makes."""
-    u_1 = jax.eval_shape(jax.vmap(stepper), u_0)
+    u_1 = _check_call("stepper", stepper, u_0)
     structures: list[Any] = [jax.tree.structure(u) for u in (u_0, u_1)]
     if structures[0] != structures[1]:
         raise TypeError(
@@ -525,15 +528,34 @@ def _check_functions(stepper, residuum_fn, time_level_loss, u_0):
         u_0 = jax.tree.map(lambda prev, next: prev.astype(next.dtype), u_0, u_1)
         return _check_functions(stepper, residuum_fn, time_level_loss, u_0)
 
-    residuum = jax.eval_shape(jax.vmap(residuum_fn), u_1, u_0)
+    residuum = _check_call("residuum_fn", residuum_fn, u_1, u_0)
     if not jax.tree.leaves(residuum):
         raise TypeError(f"residuum_fn must return at least one array, got {residuum!r}.")
-    loss = jax.eval_shape(jax.vmap(time_level_loss), residuum)
+    loss = _check_call("time_level_loss", time_level_loss, residuum)
     is_scalar = isinstance(loss, jax.ShapeDtypeStruct) and loss.ndim == 1
     if not is_scalar or _kind(loss.dtype) not in (jnp.floating, jnp.integer):
         got = jax.tree.map(_describe_sample, loss)
         raise TypeError(f"time_level_loss must return a real scalar, got {got}.")
     return u_0
+
+
+def _check_call(name, function, *batched_args):
+    """Returns the shapes of what one of the user's functions makes of a batch."""
+
+    def checked(*args):
+        result = function(*args)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(result):
+            if not (_is_array(leaf) or isinstance(leaf, (bool, int, float, complex))):
+                where = f" at {jax.tree_util.keystr(path)}" if path else ""
+                raise TypeError(f"{name} must return arrays, got {_describe(leaf)}{where}.")
+        return result
+
+    try:
+        return jax.eval_shape(jax.vmap(checked), *batched_args)
+    except Exception as error:
+        args = ", ".join(str(jax.tree.map(_describe_sample, arg)) for arg in batched_args)
+        error.add_note(f"Raised when {name} was called on one sample: {name}({args}).")
+        raise
 
 
 def _check_next_leaf(path, prev, next):
@@ -550,8 +572,17 @@ def _check_next_leaf(path, prev, next):
     return same_dtype
 
 
+def _is_array(x):
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        return False
+    try:
+        return _kind(x.dtype) is not None
+    except TypeError:  # the dtype of another library
+        return False
+
+
 def _kind(dtype):
-    kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
+    kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool, jax.dtypes.prng_key)
     return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), None)
 
 

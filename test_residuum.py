@@ -24,7 +24,7 @@ import trainax
 from absl.testing import parameterized
 from hypothesis import given, settings, strategies as st
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import residuum
 from residuum import Cuts, mse, residuum_loss, Rollout
@@ -454,49 +454,6 @@ def test_every_platform_agrees_with_the_textbook_loop_on_the_cpu(platform):
     assert_close(jax.device_get(actual), expected)
 
 
-@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
-@pytest.mark.parametrize("check_vma", FLAGS)
-@pytest.mark.parametrize("where", ["outside", "inside", "inside, varying parameters"])
-@pytest.mark.parametrize("options", EXTRA[:2], ids=str)
-@pytest.mark.parametrize("bptt", ["none", "every", "2"])
-def test_data_parallel_gradient_equals_the_textbook_loop(bptt, options, where, check_vma):
-    num_devices = jax.device_count()
-    params, data, weights, coefficient = problem(5, batch=2 * num_devices)
-    mesh = Mesh(np.array(jax.devices()), ("batch",))
-    rollout = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
-
-    def loss(params, data):
-        args = (params, data, weights, coefficient)
-        return evaluate(residuum_loss, *args, **rollout, **options)
-
-    def mean_loss(params, data):
-        return jax.lax.pmean(loss(params, data), "batch")
-
-    def value_and_grad(params, data):
-        if where == "inside" and check_vma:  # JAX sums over what params do not vary over
-            return jax.value_and_grad(mean_loss)(params, data)
-        if check_vma:
-            vary = functools.partial(residuum._vary, axes=frozenset({"batch"}))
-            params = vary(params)
-        value, grad = jax.value_and_grad(loss)(params, data)
-        return jax.lax.pmean((value, grad), "batch")
-
-    specs = dict(
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("batch")),
-        out_specs=PartitionSpec(),
-        check_vma=check_vma,
-    )
-    if where == "outside":
-        f = jax.value_and_grad(jax.shard_map(mean_loss, **specs))
-    else:
-        f = jax.shard_map(value_and_grad, **specs)
-    expected = jax.value_and_grad(
-        lambda params: evaluate(textbook_loss, params, data, weights, coefficient, **rollout)
-    )(params)
-    assert_close(compiled(f, params, data), expected)
-
-
 def test_new_parameters_weights_and_masks_do_not_retrace():
     @jax.jit
     @chex.assert_max_traces(n=1)
@@ -511,6 +468,256 @@ def test_new_parameters_weights_and_masks_do_not_retrace():
             textbook_loss, inputs, num_rollout_steps=5, cuts=Cuts(bptt, bptt[0])
         )
         assert_close(step(inputs, bptt, bptt[0]), expected)
+
+
+#
+# Meshes: the same loss and gradient on many devices as on one
+#
+
+# With one accelerator, the CPU's virtual devices make up the mesh.
+MESH_DEVICES = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+
+needs_explicit_axes = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="needs a newer JAX"
+)
+needs_shard_map = pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
+
+
+def make_mesh(axes=("batch",), *, explicit=False):
+    shape = (-1, *[2] * (len(axes) - 1))
+    devices = np.array(MESH_DEVICES).reshape(shape)
+    if explicit:
+        return Mesh(devices, axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes))
+    return Mesh(devices, axes)
+
+
+def shard(mesh, spec, tree):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+# k = 3 does not divide the number of steps
+MESH_ROLLOUTS = [
+    dict(num_rollout_steps=4, cuts=Cuts(bptt), **extra)
+    for bptt, extra in itertools.product([False, 1, 2, 3], EXTRA)
+]
+
+
+def mesh_problem():
+    """Losses `(params, data) -> scalar`, by rollout; their inputs; and what to expect."""
+    params, data, weights, coefficient = problem(4, batch=2 * len(MESH_DEVICES))
+
+    def loss(loss_fn, options, params, data):
+        return evaluate(loss_fn, params, data, weights, coefficient, **options)
+
+    def value_and_grad(options):
+        options = dict(num_rollout_steps=4, cuts=options["cuts"])
+        f = functools.partial(loss, textbook_loss, options)
+        return jax.value_and_grad(f, argnums=(0, 1))(params, data)
+
+    expected = compiled(lambda: [value_and_grad(options) for options in MESH_ROLLOUTS])
+    losses = [functools.partial(loss, residuum_loss, options) for options in MESH_ROLLOUTS]
+    return losses, params, data, expected
+
+
+def assert_all_close(actual, expected):
+    for options, *pair in zip(MESH_ROLLOUTS, actual, expected, strict=True):
+        assert_close(*jax.device_get(pair), what=options)
+
+
+@pytest.mark.parametrize(
+    "explicit", [False, pytest.param(True, marks=needs_explicit_axes)], ids=str
+)
+@pytest.mark.parametrize("groups", FLAGS)
+def test_sharded_data_under_jit(groups, explicit):
+    """Automatic and explicit axes. `groups`: one term of the loss for each device."""
+    losses, params, data, expected = mesh_problem()
+    num_devices = len(MESH_DEVICES)
+    mesh = make_mesh(explicit=explicit)
+    split = lambda x: x.reshape(num_devices, -1, *x.shape[1:])
+    data = shard(mesh, P("batch"), jax.tree.map(split, data) if groups else data)
+    params = shard(mesh, P(), params)
+
+    def value_and_grad(loss, *args):
+        grouped = lambda params, data: jnp.mean(jax.vmap(loss, (None, 0))(params, data))
+        return jax.value_and_grad(grouped if groups else loss, argnums=(0, 1))(*args)
+
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        actual = compiled(
+            lambda *x: [value_and_grad(loss, *x) for loss in losses], params, data
+        )
+    merge = lambda x: x.reshape(-1, *x.shape[2:])
+    if groups:
+        actual = [
+            (loss, (grad, jax.tree.map(merge, jax.device_get(data_grad))))
+            for loss, (grad, data_grad) in actual
+        ]
+    assert_all_close(actual, expected)
+
+
+@needs_shard_map
+@pytest.mark.parametrize("check_vma", FLAGS)
+@pytest.mark.parametrize("where", ["outside", "inside", "inside, varying parameters"])
+def test_shard_map(where, check_vma):
+    losses, params, data, expected = mesh_problem()
+
+    def mean_loss(loss, params, data):
+        return jax.lax.pmean(loss(params, data), "batch")
+
+    def value_and_grad(loss, params, data):
+        if where == "inside" and check_vma:  # JAX sums over what params do not vary over
+            return jax.value_and_grad(functools.partial(mean_loss, loss))(params, data)
+        if check_vma:
+            params = residuum._vary(params, frozenset({"batch"}))
+        value, grad = jax.value_and_grad(loss)(params, data)
+        return jax.lax.pmean((value, grad), "batch")
+
+    def mapped(f, loss):
+        return jax.shard_map(
+            functools.partial(f, loss),
+            mesh=make_mesh(),
+            in_specs=(P(), P("batch")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+
+    def all_values_and_grads(*args):
+        if where == "outside":
+            return [jax.value_and_grad(mapped(mean_loss, loss))(*args) for loss in losses]
+        return [mapped(value_and_grad, loss)(*args) for loss in losses]
+
+    actual = compiled(all_values_and_grads, params, data)
+    assert_all_close(actual, [(loss, grad) for loss, (grad, _) in expected])
+
+
+def test_pmap():
+    losses, params, data, expected = mesh_problem()
+    num_devices = len(MESH_DEVICES)
+    data = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), data)
+
+    def value_and_grad(loss, params, data):
+        return jax.lax.pmean(jax.value_and_grad(loss)(params, data), "batch")
+
+    @functools.partial(jax.pmap, axis_name="batch", in_axes=(None, 0), devices=MESH_DEVICES)
+    def all_values_and_grads(params, data):
+        return [value_and_grad(loss, params, data) for loss in losses]
+
+    actual = jax.tree.map(lambda x: x[0], jax.device_get(all_values_and_grads(params, data)))
+    assert_all_close(actual, [(loss, grad) for loss, (grad, _) in expected])
+
+
+@pytest.mark.parametrize("sharded", ["parameters", "space"])
+def test_sharded_parameters_and_sharded_space(sharded):
+    mesh = make_mesh(("batch", "model"))
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(8, 8))
+    data = rng.normal(size=(2 * len(MESH_DEVICES), 1, 8))
+
+    def value_and_grad(loss_fn, options, kernel, data):
+        def loss(kernel, data):
+            def stepper(u):  # mixes all points, and neighbours
+                return jnp.tanh(kernel @ u) + jnp.roll(u, 1) / 2
+
+            return loss_fn(stepper, data, lambda n, p: n - jnp.roll(p, -1), **options)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(kernel, data)
+
+    def all_values_and_grads(loss_fn, kernel, data):
+        for options in MESH_ROLLOUTS:
+            if loss_fn is textbook_loss:
+                options = dict(num_rollout_steps=4, cuts=options["cuts"])
+            yield value_and_grad(loss_fn, options, kernel, data)
+
+    expected = compiled(lambda *x: list(all_values_and_grads(textbook_loss, *x)), kernel, data)
+    specs = {
+        "parameters": (P("model"), P("batch")),
+        "space": (P(), P("batch", None, "model")),
+    }[sharded]
+    args = (shard(mesh, spec, x) for spec, x in zip(specs, (kernel, data), strict=True))
+    actual = compiled(lambda *x: list(all_values_and_grads(residuum_loss, *x)), *args)
+    assert_all_close(actual, expected)
+
+
+def compiled_on_a_mesh(way, num_rollout_steps, cuts):
+    """The value and gradient of an MLP's loss, data parallel."""
+    params, _, stepper = network_problem("mlp")
+    num_devices = len(MESH_DEVICES)
+    explicit, groups = "explicit" in way, "groups" in way
+    mesh = make_mesh(explicit=explicit)
+    shape = (num_devices, 4, 1, 64) if groups else (4 * num_devices, 1, 64)
+    data = shard(mesh, P("batch"), jnp.ones(shape, jnp.float32))
+    params = shard(mesh, P(), params)
+
+    def loss(params, data):
+        return residuum_loss(
+            functools.partial(stepper, params),
+            data,
+            lambda n, p: n - p,
+            num_rollout_steps=num_rollout_steps,
+            cuts=cuts,
+        )
+
+    def grouped(params, data):
+        return jnp.mean(jax.vmap(loss, (None, 0))(params, data))
+
+    def mapped(params, data):
+        params = residuum._vary(params, frozenset({"batch"}))
+        return jax.lax.pmean(loss(params, data), "batch")
+
+    if "shard_map" in way:
+        specs = dict(in_specs=(P(), P("batch")), out_specs=P())
+        f = jax.shard_map(mapped, mesh=mesh, **specs)
+    else:
+        f = grouped if groups else loss
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        return jax.jit(jax.value_and_grad(f)).lower(params, data).compile()
+
+
+MESH_WAYS = [
+    "automatic",
+    "automatic, groups",
+    pytest.param("explicit", marks=needs_explicit_axes),
+    pytest.param("explicit, groups", marks=needs_explicit_axes),
+    pytest.param("shard_map", marks=needs_shard_map),
+]
+
+
+@pytest.mark.parametrize("bptt", [1, 5])
+@pytest.mark.parametrize("way", MESH_WAYS)
+def test_memory_per_device_does_not_grow_with_the_rollout(way, bptt):
+    short, long = (
+        compiled_on_a_mesh(way, n, Cuts(bptt)).memory_analysis().temp_size_in_bytes
+        for n in (20, 1000)
+    )
+    # Explicit axes keep the weights themselves in memory; a state is 1024 times larger.
+    assert long - short <= (980 * 4 if "explicit" in way else 0)
+
+
+def collectives(compiled):
+    """Numbers of collective operations in a program: once, and in loops."""
+    operation = (
+        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[a-z-]*\("
+    )
+    once, in_loops = 0, 0
+    for computation in re.split(r"\n(?=\S)", compiled.as_text()):
+        count = len(re.findall(operation, computation))
+        if computation.startswith("ENTRY"):
+            once += count
+        else:
+            in_loops += count
+    return once, in_loops
+
+
+@pytest.mark.parametrize("bptt", [1, 5])
+@pytest.mark.parametrize("way", MESH_WAYS)
+def test_one_collective_at_the_end_instead_of_one_per_segment(way, bptt):
+    once, in_loops = collectives(compiled_on_a_mesh(way, 100, Cuts(bptt)))
+    if "groups" in way or way == "shard_map":
+        assert (once, in_loops) == (1, 0)
+    else:
+        # The compiler reduces each segment's gradient over the devices, as it does each
+        # step's in the backward pass of an ordinary scan. README says how to avoid that.
+        assert in_loops > 0
+        assert collectives(compiled_on_a_mesh(way, 100, Cuts()))[1] > 0
 
 
 #
