@@ -326,9 +326,13 @@ def _hoist(f, *args):
     """Returns `g` and `closed_over` such that `g(closed_over, *args)` is `f(*args)`, and the
     shape of that."""
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+    # Once more, without the constants themselves: they may be tracers, and `g` outlives them.
+    run = partial(jax.core.eval_jaxpr, jaxpr.jaxpr)
+    closed_jaxpr = jax.make_jaxpr(run)(jaxpr.consts, *jax.tree.leaves(args))
 
     def g(closed_over, *args):
-        leaves = jax.core.eval_jaxpr(jaxpr.jaxpr, closed_over, *jax.tree.leaves(args))
+        leaves = jax.tree.leaves((closed_over, args))
+        leaves = jax.core.eval_jaxpr(closed_jaxpr.jaxpr, (), *leaves)
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return g, jaxpr.consts, shape

@@ -23,6 +23,7 @@ import pytest
 import trainax
 from absl.testing import parameterized
 from hypothesis import given, settings, strategies as st
+from jax import export
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -35,7 +36,11 @@ chex.set_n_cpu_devices(4)
 jax.config.update("jax_enable_x64", True)
 
 ROOT = pathlib.Path(__file__).parent
-TOLERANCE = 1e-9
+# Of float64 everywhere, and of float32. An accelerator would by default multiply float32
+# matrices in a format of 10 bits (tf32, bf16); the library leaves that choice to its user,
+# the tests want the digits.
+TOLERANCE, SINGLE_TOLERANCE = 1e-9, 2e-5
+jax.config.update("jax_default_matmul_precision", "highest")
 FLAGS = (False, True)
 
 # Set when the module is imported through jaxtyping's import hook.
@@ -477,8 +482,9 @@ def test_new_parameters_weights_and_masks_do_not_retrace():
 # With one accelerator, the CPU's virtual devices make up the mesh.
 MESH_DEVICES = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
 
+# They exist before, but do not go through `vmap` of a loop.
 needs_explicit_axes = pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="needs a newer JAX"
+    jax.__version_info__ < (0, 10), reason="needs a newer JAX"
 )
 needs_shard_map = pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
 
@@ -712,12 +718,109 @@ def collectives(compiled):
 def test_one_collective_at_the_end_instead_of_one_per_segment(way, bptt):
     once, in_loops = collectives(compiled_on_a_mesh(way, 100, Cuts(bptt)))
     if "groups" in way or way == "shard_map":
-        assert (once, in_loops) == (1, 0)
+        # At most the gradients of two layers and the loss; a newer XLA makes one of them.
+        assert 1 <= once <= 3
+        assert in_loops == 0
     else:
         # The compiler reduces each segment's gradient over the devices, as it does each
         # step's in the backward pass of an ordinary scan. README says how to avoid that.
         assert in_loops > 0
         assert collectives(compiled_on_a_mesh(way, 100, Cuts()))[1] > 0
+
+
+#
+# Strict modes, and what else a program may be put through
+#
+
+STRICT_MODES = [
+    ("jax_numpy_dtype_promotion", "strict"),
+    ("jax_numpy_rank_promotion", "raise"),
+    ("jax_debug_nans", True),
+    ("jax_debug_infs", True),
+    ("jax_check_tracer_leaks", True),
+    ("jax_disable_jit", True),
+    ("jax_enable_x64", False),
+    ("jax_transfer_guard", "disallow"),
+]
+
+
+@contextlib.contextmanager
+def config(name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("mode, value", STRICT_MODES, ids=str)
+@pytest.mark.parametrize("bptt", ["none", "3", "mask"])
+def test_strict_modes(bptt, mode, value):
+    dtype = np.float32 if mode == "jax_enable_x64" else np.float64
+    rng = np.random.default_rng(0)
+    data = {
+        "u": jnp.asarray(rng.normal(size=(2, 1, 3)), dtype),
+        "key": jax.random.split(jax.random.key(0), (2, 1)),
+    }
+    kernel = jnp.asarray(rng.normal(size=3), dtype)
+    weights = jnp.arange(1, 6, dtype=dtype)
+
+    def loss(loss_fn, kernel, weights, data, **options):
+        def stepper(state):
+            key, _ = jax.random.split(state["key"])
+            return {"u": jnp.tanh(kernel * state["u"]), "key": key}
+
+        residuum_fn = lambda u_next, u_prev: u_next["u"] - jnp.sin(u_prev["u"])
+        options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt, prev=True), **options)
+        return loss_fn(stepper, data, residuum_fn, weights=weights, **options)
+
+    def core(loss_fn, *args, **options):
+        f = functools.partial(loss, loss_fn, **options)
+        return jax.value_and_grad(f, argnums=(0, 1))(*args), jax.hessian(f)(*args)
+
+    args = (kernel, weights, data)
+    value_and_grad, hessian = jax.device_get(core(textbook_loss, *args))
+    tolerance = TOLERANCE if dtype == np.float64 else SINGLE_TOLERANCE
+    with config(mode, value):
+        f = lambda *args: [core(residuum_loss, *args, **extra) for extra in EXTRA[:2]]
+        for actual in jax.jit(f)(*args):
+            assert_close(jax.device_get(actual), (value_and_grad, hessian), tolerance)
+        actual = jax.jit(functools.partial(loss, residuum_loss, has_aux=True))(*args)
+        assert_close(jax.device_get(actual[0]), value_and_grad[0], tolerance)
+        if mode != "jax_transfer_guard":  # it forbids constants outside of `jit`
+            actual = loss(residuum_loss, *args)
+            assert_close(jax.device_get(actual), value_and_grad[0], tolerance)
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+def test_export_round_trips_a_gradient(bptt):
+    inputs = problem(5)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+    f = jax.jit(lambda inputs: value_and_grad(residuum_loss, inputs, **options)[1])
+    serialized = export.export(f)(inputs).serialize()
+    actual = export.deserialize(serialized).call(inputs)
+    assert_close(actual, value_and_grad(textbook_loss, inputs, **options)[1])
+
+
+@pytest.mark.parametrize("bptt", BPTT)
+def test_a_training_step_may_donate_its_buffers(bptt):
+    params, *rest = problem(5)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+
+    def training_step(loss_fn, params):
+        loss = lambda params: evaluate(loss_fn, params, *rest, **options)
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    step = jax.jit(functools.partial(training_step, residuum_loss), donate_argnums=0)
+    donated, expected = jax.tree.map(jnp.copy, params), params
+    for _ in range(3):
+        consumed = donated
+        value, donated = step(donated)
+        expected_value, expected = training_step(textbook_loss, expected)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(consumed))
+        assert_close((value, donated), (expected_value, expected))
 
 
 #
