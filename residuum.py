@@ -168,10 +168,13 @@ def residuum_loss(
         straight = steps_per_iteration >= segment_length
         time_step = jax.checkpoint(time_step, prevent_cse=straight)
 
-    args = (time_step, u_0, (level_weights, masks), num_steps)
+    levels = (level_weights, masks)
+    step, closed_over = _hoist(time_step, u_0, _first(masks))
     if streamed:
+        args = (step, closed_over, u_0, levels, num_steps)
         loss, aux = _streamed_rollout(*args, segment_length, steps_per_iteration)
     else:
+        args = (partial(step, closed_over), u_0, levels, num_steps)
         loss, aux = _rollout(*args, steps_per_iteration)
     return (loss, Rollout(*jax.lax.stop_gradient(aux))) if has_aux else loss
 
@@ -199,6 +202,10 @@ def _scan(step, carry, xs, length, unroll):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
+def _first(masks):
+    return jax.tree.map(itemgetter(0), masks)
+
+
 def _cut(u, where):
     """Stops the gradient where `where` is true; selects only if that is not static."""
     if where is False:
@@ -207,6 +214,35 @@ def _cut(u, where):
         return jax.lax.stop_gradient(u)
     select = partial(jnp.where, where)
     return jax.tree.map(lambda x: select(jax.lax.stop_gradient(x), x), u)
+
+
+def _hoist(f, *args):
+    """Returns `g` and `closed_over` such that `g(closed_over, *args)` is `f(*args)`.
+
+    So what the user's functions close over, first of all the parameters, becomes data: an
+    array of half precision in float32, in which its gradient is then accumulated over the
+    time levels. `jax.closure_convert` would miss integers and keys.
+    """
+    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+
+    constants = [jnp.asarray(x) for x in jaxpr.consts]
+    widened = lambda x: _at_least_float32(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    narrowed = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)
+
+    def run(closed_over, *leaves):
+        narrow = [narrowed(x, c.dtype) for x, c in zip(closed_over, constants, strict=True)]
+        return jax.core.eval_jaxpr(jaxpr.jaxpr, narrow, *leaves)
+
+    # Traced once more, since the constants may be tracers, and `g` must not hold on to them.
+    closed_over = [widened(x) for x in constants]
+    program = jax.make_jaxpr(run)(closed_over, *jax.tree.leaves(args))
+
+    def g(closed_over, *args):
+        leaves = jax.tree.leaves((closed_over, args))
+        leaves = jax.core.eval_jaxpr(program.jaxpr, program.consts, *leaves)
+        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+    return g, closed_over
 
 
 #
@@ -235,13 +271,8 @@ def _cut(u, where):
 #
 
 
-def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
+def _streamed_rollout(step, closed_over, u_0, levels, num_steps, k, unroll):
     """`_rollout` with the main chain cut after every `k`-th step."""
-    # A rule must not close over tracers, so what `time_step` closes over, first of all the
-    # parameters, becomes an argument. `jax.closure_convert` would miss integers and keys.
-    _, masks = levels
-    first_mask = jax.tree.map(itemgetter(0), masks)
-    step, closed_over, (_, level_loss) = _hoist(time_step, u_0, first_mask)
 
     def advance(variables, num_steps, closed_over, carry, levels):
         """Moves on by one segment: the state, the sum of the losses, that of the gradients."""
@@ -255,7 +286,7 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
         value_and_grad = jax.value_and_grad(segment, has_aux=True)
         (loss, (losses, u)), (grads, u_grads) = value_and_grad(variables)
         # Cut the state here, too: derivatives of higher order differentiate this code.
-        return (_cut(u, True), jax.tree.map(_add, sums, (loss, grads))), (losses, u_grads)
+        return (_cut(u, True), jax.tree.map(jnp.add, sums, (loss, grads))), (losses, u_grads)
 
     def value_and_grad(variables, closed_over, u, levels):
         """Value of the rollout, and its gradient with respect to `variables`: the pair
@@ -265,7 +296,9 @@ def _streamed_rollout(time_step, u_0, levels, num_steps, k, unroll):
         # loop of the others if that is not wanted. The last segment may be shorter.
         num_first = 1 if jax.tree.leaves(u_variables) else 0
         num_whole, remainder = divmod(num_steps - num_first * k, k)
-        zeros = jax.tree.map(_zero, (level_loss, closed_variables))
+        # `zeros_like` knows the mesh of explicit sharding; a scalar of `zeros` is on none.
+        _, level_loss = jax.eval_shape(step, closed_over, u, _first(levels[1]))
+        zeros = jax.tree.map(jnp.zeros_like, (level_loss, closed_variables))
         carry = _vary((u, zeros), _varying_axes((closed_over, u)))
         start, losses, u_grads = 0, [], []
         for num_segments, length, with_respect_to in (
@@ -322,22 +355,6 @@ def _chunk(levels, start, num_segments, length):
     return jax.tree.map(lambda x: x[start:stop].reshape(num_segments, length), levels)
 
 
-def _hoist(f, *args):
-    """Returns `g` and `closed_over` such that `g(closed_over, *args)` is `f(*args)`, and the
-    shape of that."""
-    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    # Once more, without the constants themselves: they may be tracers, and `g` outlives them.
-    run = partial(jax.core.eval_jaxpr, jaxpr.jaxpr)
-    closed_jaxpr = jax.make_jaxpr(run)(jaxpr.consts, *jax.tree.leaves(args))
-
-    def g(closed_over, *args):
-        leaves = jax.tree.leaves((closed_over, args))
-        leaves = jax.core.eval_jaxpr(closed_jaxpr.jaxpr, (), *leaves)
-        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
-
-    return g, jaxpr.consts, shape
-
-
 def _varying_axes(tree):
     """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
 
@@ -382,22 +399,9 @@ def _inner_product(gradient, tangent, dtype):
 #
 
 
-def _accumulator_dtype(dtype):
-    is_wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
-    return dtype if is_wide else jnp.dtype(jnp.float32)
-
-
 def _at_least_float32(x):
-    return x.astype(_accumulator_dtype(x.dtype))
-
-
-def _zero(x):
-    # `zeros_like` knows the mesh of explicit sharding; a scalar of `zeros` is on none.
-    return jnp.zeros_like(x, _accumulator_dtype(x.dtype))
-
-
-def _add(total, x):
-    return total + x.astype(total.dtype)
+    is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
+    return x if is_wide else x.astype(jnp.float32)
 
 
 def _abs_squared(r):
@@ -452,7 +456,7 @@ def _check_cuts(cuts, num_steps):
                 segment_length = 1 if cut is True else _check_int(name, cut)
         elif isinstance(cut, bool):
             constant = constant._replace(**{field: cut})
-        elif not hasattr(cut, "dtype") or not jnp.issubdtype(cut.dtype, jnp.bool):
+        elif not _is_array(cut) or _kind(cut.dtype) != jnp.bool:
             expected = "a bool, a static int" if main_chain else "a bool"
             raise TypeError(f"{name} must be {expected} or a bool array, got {_describe(cut)}.")
         elif cut.shape == () and not main_chain:
@@ -591,7 +595,7 @@ def _kind(dtype):
 
 
 def _describe(x):
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
+    if _is_array(x):
         traced = "traced " if isinstance(x, Tracer) else ""
         return f"{traced}{x.dtype}{list(x.shape)}"
     return f"{reprlib.repr(x)} of type {type(x).__name__}"

@@ -11,6 +11,7 @@ import itertools
 import pathlib
 import re
 import sys
+import traceback
 
 import chex
 import equinox as eqx
@@ -965,6 +966,64 @@ def test_a_half_precision_time_level_loss_is_averaged_in_float32():
     assert_close(loss, jnp.float32(1.0))
 
 
+def half_precision_problem(dtype, num_rollout_steps):
+    """A rollout that neither dies out nor diverges; a loss `(loss_fn, params, data)`."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(0.7 / 4 * rng.normal(size=(16, 16)), dtype)
+    data = jnp.asarray(rng.normal(size=(4, 1, 16)), dtype)
+
+    def loss(loss_fn, kernel, data, **options):
+        half = jnp.asarray(0.5, kernel.dtype)
+        stepper = lambda u: jnp.tanh(kernel @ u) + half * u + half
+        options = dict(num_rollout_steps=num_rollout_steps, **options)
+        return loss_fn(stepper, data, lambda n, p: n - half * p, **options)
+
+    return loss, kernel, data
+
+
+def errors_in_half_precision(dtype, loss_fn, num_rollout_steps, **options):
+    """Relative errors of the loss and of its gradient, in units of the format's."""
+    loss, kernel, data = half_precision_problem(dtype, num_rollout_steps)
+    f = jax.value_and_grad(functools.partial(loss, loss_fn, **options))
+    actual = jax.jit(f)(kernel, data)
+    chex.assert_type(actual[1], dtype)
+    wide = (x.astype(jnp.float64) for x in (kernel, data))
+    f = functools.partial(loss, residuum_loss, cuts=options.get("cuts", Cuts(bptt=True)))
+    expected = jax.jit(jax.value_and_grad(f))(*wide)
+    return [
+        jnp.linalg.norm(x.astype(jnp.float64) - y) / jnp.linalg.norm(y) / jnp.finfo(dtype).eps
+        for x, y in zip(actual, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("bptt", ["none", "every", "9", "mask"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_on_a_long_rollout(dtype, bptt):
+    cuts = Cuts(np.ones(200, bool) if bptt == "mask" else BPTT[bptt])
+    errors = errors_in_half_precision(dtype, residuum_loss, 200, cuts=cuts)
+    assert max(errors) < 8
+
+
+def scan_loss(stepper, data, residuum_fn, *, num_rollout_steps):
+    """Cut after every step, written by hand."""
+
+    def step(u_prev, _):
+        u_prev = jax.lax.stop_gradient(u_prev)
+        u_next = jax.vmap(stepper)(u_prev)
+        return u_next, mse(jax.vmap(residuum_fn)(u_next, u_prev))
+
+    return jnp.sum(jax.lax.scan(step, data[:, 0], length=num_rollout_steps)[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_thousand_segments_lose_no_small_contributions(dtype):
+    for bptt in (True, np.ones(1000, bool)):
+        _, error = errors_in_half_precision(dtype, residuum_loss, 1000, cuts=Cuts(bptt))
+        assert error < 4
+    _, ordinary_error = errors_in_half_precision(dtype, scan_loss, 1000)
+    assert ordinary_error > 10 * error
+
+
 @pytest.mark.parametrize("bptt", BPTT)
 def test_wider_parameters_promote_the_initial_condition(bptt):
     factor, data = rotation_problem(jnp.float64)
@@ -1104,6 +1163,60 @@ def test_cuts_keep_infinite_derivatives_out(field, kind, options):
     assert_close(actual, expected)
     # Without the cut, there would be something to keep out.
     assert not np.isfinite(jax.grad(f)(1.5, False))
+
+
+@st.composite
+def poisoned_rollouts(draw):
+    """Cuts, and coefficients that are 0 only on the far side of one, where √ is infinitely
+    steep."""
+    steps = draw(st.integers(1, 5))
+    masks = st.lists(st.booleans(), min_size=steps, max_size=steps).map(np.array)
+    cuts = Cuts(
+        draw(st.booleans() | st.integers(1, 5) | masks),
+        draw(st.booleans() | masks),
+        draw(st.booleans() | masks),
+    )
+    every = cuts.bptt if isinstance(cuts.bptt, int) else 0  # True is 1, False is 0
+    after = np.array([every and (t + 1) % every == 0 for t in range(steps)], bool)
+    after = cuts.bptt if isinstance(cuts.bptt, np.ndarray) else after
+    before = np.concatenate([[False], after[:-1]])
+    poison = {
+        "stepper": draw(masks) & before,
+        "prev": draw(masks) & (before | cuts.prev),
+        "next": draw(masks) & cuts.next,
+    }
+    weights = draw(st.none() | st.lists(st.integers(-1, 1), min_size=steps, max_size=steps))
+    coefficients = {name: np.where(mask, 0.0, 1.0) for name, mask in poison.items()}
+    return coefficients, dict(num_rollout_steps=steps, cuts=cuts, weights=weights)
+
+
+@settings(max_examples=30, deadline=None)
+@given(poisoned_rollouts(), st.booleans(), st.sampled_from([1, 2, True]))
+def test_what_a_cut_separates_stays_clean(rollout, checkpoint, unroll):
+    coefficients, options = rollout
+    data = {"u": np.linspace(0.5, 1, 6).reshape(2, 1, 3), "t": np.zeros((2, 1), int)}
+    coefficients = jax.tree.map(jnp.asarray, coefficients)
+
+    def loss(loss_fn, x, **more):
+        def steep(name, state):  # 0, with an infinite derivative where the coefficient is 0
+            coefficient = coefficients[name][state["t"]]
+            u = coefficient + state["u"] - jax.lax.stop_gradient(state["u"])
+            return jnp.sqrt(u) - jnp.sqrt(coefficient)
+
+        def stepper(state):
+            return {"u": jnp.sin(x * state["u"]) + steep("stepper", state), "t": state["t"] + 1}
+
+        def residuum_fn(u_next, u_prev):
+            steep_next = steep("next", {"u": u_next["u"], "t": u_prev["t"]})
+            return u_next["u"] + steep_next - u_prev["u"] * x - steep("prev", u_prev)
+
+        return loss_fn(stepper, data, residuum_fn, **options, **more)
+
+    f = functools.partial(loss, residuum_loss, checkpoint=checkpoint, unroll=unroll)
+    actual = compiled(jax.value_and_grad(f), 1.3)
+    chex.assert_tree_all_finite(actual)
+    f = functools.partial(loss, textbook_loss)
+    assert_close(actual, compiled(jax.value_and_grad(f), 1.3))
 
 
 @pytest.mark.parametrize("bptt", BPTT)
@@ -1424,7 +1537,7 @@ def test_trainax_trains_with_it():
 #
 
 
-def valid_call(**changes):
+def valid_call(loss_fn=residuum_loss, **changes):
     call = dict(
         stepper=lambda u: {"u": jnp.sin(u["u"])},
         data={"u": np.ones((2, 1, 3), np.float32)},
@@ -1433,7 +1546,7 @@ def valid_call(**changes):
     )
     call.update(changes)
     stepper, data, residuum_fn = (call.pop(name) for name in ("stepper", "data", "residuum_fn"))
-    return residuum_loss(stepper, data, residuum_fn, **call)
+    return loss_fn(stepper, data, residuum_fn, **call)
 
 
 def ones(*shape, dtype=np.float32):
@@ -1571,6 +1684,96 @@ def test_tracing_what_must_be_static_is_named(name, value):
     pattern = "cuts.bptt" if name == "cuts" else name
     with pytest.raises((TypeError, ValueError), match=pattern):
         jax.jit(lambda x: valid_call(**{name: x}))(value)
+
+
+ODD_VALUES = [
+    *(None, True, False, 0, 1, -1, 3, 2**31, -(10**30), 10**30, 0.5, 1j, float("nan")),
+    *(
+        "3",
+        b"3",
+        (),
+        [],
+        {},
+        [1, 2],
+        [[1.0], [2.0, 3.0]],
+        {"u": 1.0},
+        {"u": None},
+        int,
+        object(),
+    ),
+    *(ones(), ones(4), ones(4, 1), ones(0), ones(2, 1, 3), ones(2, 1, 5), ones(2, 0, 3)),
+    *(ones(4, dtype=bool), ones(4, dtype=int), ones(4, dtype=complex), ones(4) * np.nan),
+    *(ones(dtype=bool), ones(5, dtype=bool), jnp.ones(4), jnp.ones(4, jnp.bfloat16)),
+    *(np.array(["a"] * 4), np.array([None] * 4), np.array([1e30] * 4), jax.random.key(0)),
+    *({"u": ones(2, 1, 5)}, {"v": ones(2, 1, 3)}, {"u": ones(2, 1)}, {"u": ones(2, 1, 0)}),
+    *({"u": ones(2, 1, 3), "v": ones(2, 1)}, {"u": ones(2, 1, 3, dtype=int)}),
+    *({"u": ones(2, 1, 3, dtype=complex)}, {"u": np.array([[["x"]]])}, [ones(2, 1, 3)]),
+    *(Cuts(), Cuts(True, True, True), Cuts(2), (True, False, False), jax.ShapeDtypeStruct),
+    *(lambda: 0, lambda x: x, lambda x: None, lambda x: "x", lambda x: x["u"], lambda x: x[0]),
+    *(lambda x: x["w"], lambda x: x.w, lambda x: 1 / 0, lambda x: x["u"][:, 9], jnp.sum),
+    *(lambda x: {"u": x["u"][:2]}, lambda x: {"u": x["u"] * 1j}, lambda x: {"u": 1}),
+    *(lambda x: {"u": x["u"].astype(int)}, lambda x: [x["u"]], lambda x: {"u": object()}),
+    *(lambda x, y: x, lambda x, y: None, lambda x, y: x["u"], lambda x, y: [x, y, "r"]),
+    *(lambda x, y: x["u"] @ y["u"][:2], lambda x, y: x["u"] > 0, lambda x, y: 1, max),
+    *(lambda x, y: bool(x["u"][0] > 0), lambda x, y: np.asarray(x["u"]), jnp.add),
+]
+ARGUMENTS = {
+    # each argument, and what else may be named if it is wrong
+    "data": ["stepper", "residuum_fn"],
+    "stepper": ["residuum_fn"],
+    "residuum_fn": ["time_level_loss"],
+    "time_level_loss": [],
+    "num_rollout_steps": ["weights", "cuts"],
+    "weights": [],
+    "cuts": [],
+    "cuts.bptt": [],
+    "cuts.prev": [],
+    "cuts.next": [],
+    "checkpoint": [],
+    "unroll": [],
+    "has_aux": [],
+}
+
+
+def can_be_traced(value):
+    try:
+        jax.eval_shape(lambda value: value, value)
+    except (TypeError, OverflowError):
+        return False
+    return True
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(ARGUMENTS)), st.sampled_from(ODD_VALUES), st.booleans())
+def test_one_thing_wrong_is_an_error_that_names_it_or_a_correct_result(name, value, traced):
+    argument, _, field = name.partition(".")
+
+    def call(value, **changes):
+        changes[argument] = Cuts(**{field: value}) if field else value
+        return valid_call(**changes)
+
+    try:
+        actual = jax.jit(call)(value) if traced and can_be_traced(value) else call(value)
+    except Exception as error:
+        text = "".join(traceback.format_exception_only(error))
+        assert any(named in text for named in (name, *ARGUMENTS[name])), text
+    else:
+        actual = actual[0] if isinstance(actual, tuple) else actual
+        options = {} if argument in ("checkpoint", "unroll", "has_aux") else {argument: value}
+        if field:
+            options = {"cuts": Cuts(**{field: value})}
+        expected = valid_call(loss_fn=textbook_loss, **options)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:], ids=str)
+def test_arguments_in_the_wrong_order_are_named(order):
+    call = (lambda u: u, ones(2, 1, 3), lambda u_next, u_prev: u_next - u_prev)
+    names = ("stepper", "data", "residuum_fn")
+    with pytest.raises(TypeError) as info:
+        residuum_loss(*(call[i] for i in order))
+    text = "".join(traceback.format_exception_only(info.value))
+    assert any(names[slot] in text for slot, i in enumerate(order) if slot != i)
 
 
 #
