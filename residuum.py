@@ -171,11 +171,11 @@ def residuum_loss(
     levels = (level_weights, masks)
     step, closed_over = _hoist(time_step, u_0, _first(masks))
     if streamed:
-        args = (step, closed_over, u_0, levels, num_steps)
-        loss, aux = _streamed_rollout(*args, segment_length, steps_per_iteration)
+        how = (num_steps, segment_length, steps_per_iteration)
+        loss, aux = _streamed_rollout(step, closed_over, u_0, levels, *how)
     else:
-        args = (partial(step, closed_over), u_0, levels, num_steps)
-        loss, aux = _rollout(*args, steps_per_iteration)
+        step = partial(step, closed_over)
+        loss, aux = _rollout(step, u_0, levels, num_steps, steps_per_iteration)
     return (loss, Rollout(*jax.lax.stop_gradient(aux))) if has_aux else loss
 
 

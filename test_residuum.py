@@ -10,6 +10,7 @@ import importlib
 import itertools
 import pathlib
 import re
+import subprocess
 import sys
 import traceback
 
@@ -44,6 +45,15 @@ TOLERANCE, SINGLE_TOLERANCE = 1e-9, 2e-5
 jax.config.update("jax_default_matmul_precision", "highest")
 FLAGS = (False, True)
 
+# More of the same, at length: `-m "not slow"` leaves it out.
+slow = pytest.mark.slow
+
+
+def also_slow(*values, slowly):
+    """Parameters of a test, the last ones of which are left out by `-m "not slow"`."""
+    return [*values, *(pytest.param(value, marks=slow) for value in slowly)]
+
+
 # Set when the module is imported through jaxtyping's import hook.
 RUNTIME_TYPECHECKING = hasattr(residuum_loss, "__wrapped__")
 
@@ -64,12 +74,15 @@ def compiled(f, *args):
 
 @functools.cache
 def quick_compilation():
+    def is_known(name, value):  # to the XLA at hand
+        try:
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+        except Exception:
+            return False
+        return True
+
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options=options)
-    except Exception:  # an XLA that does not have one of them
-        return None
-    return options
+    return {name: value for name, value in options.items() if is_known(name, value)}
 
 
 #
@@ -180,9 +193,9 @@ def cuts_of(num_rollout_steps, bptt, prev=False, next=False):
 #
 
 
-@pytest.mark.parametrize("unroll", [1, True])
-@pytest.mark.parametrize("bptt", BPTT)
-@pytest.mark.parametrize("num_rollout_steps", [1, 2, 5, 7])
+@pytest.mark.parametrize("unroll", also_slow(1, slowly=[True]))
+@pytest.mark.parametrize("bptt", also_slow("2", "mask", slowly=["none", "every", "3", "9"]))
+@pytest.mark.parametrize("num_rollout_steps", also_slow(5, slowly=[1, 2, 7]))
 def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt, unroll):
     inputs = problem(num_rollout_steps)
     combinations = list(itertools.product(FLAGS, repeat=3))
@@ -211,7 +224,7 @@ def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt, unr
             assert_close(actual[checkpoint][i], expected[i], what=(checkpoint, combination))
 
 
-@pytest.mark.parametrize("unroll", [2, 3, 4])
+@pytest.mark.parametrize("unroll", also_slow(3, slowly=[2, 4]))
 @pytest.mark.parametrize("bptt", [False, 2, 3])
 def test_unroll_that_does_not_divide_equals_the_textbook_loop(bptt, unroll):
     inputs, options = problem(7), dict(num_rollout_steps=7, cuts=Cuts(bptt))
@@ -248,6 +261,9 @@ HIGHER_ORDER = [
 ]
 
 
+OTHERS = HIGHER_ORDER[:3] + HIGHER_ORDER[4:]
+
+
 def flat_losses(options):
     """The library and the oracle as functions of one flat vector of all inputs."""
     flat, unravel = ravel_pytree(problem(options["num_rollout_steps"], batch=1))
@@ -261,7 +277,7 @@ def flat_losses(options):
 EXTRA = [{}, {"checkpoint": True, "unroll": 2}, {"unroll": True}]
 
 
-@pytest.mark.parametrize("options", HIGHER_ORDER, ids=str)
+@pytest.mark.parametrize("options", also_slow(HIGHER_ORDER[3], slowly=OTHERS), ids=str)
 def test_forward_mode_equals_the_textbook_loop(options):
     flat, flat_loss = flat_losses(options)
     tangent = jax.random.normal(jax.random.key(1), flat.shape)
@@ -271,7 +287,7 @@ def test_forward_mode_equals_the_textbook_loop(options):
         assert_close(actual, expected, what=extra)
 
 
-@pytest.mark.parametrize("options", HIGHER_ORDER, ids=str)
+@pytest.mark.parametrize("options", also_slow(HIGHER_ORDER[3], slowly=OTHERS), ids=str)
 def test_hessians_equal_the_textbook_loop(options):
     flat, flat_loss = flat_losses(options)
     expected = compiled(jax.hessian(flat_loss(textbook_loss)), flat)
@@ -296,7 +312,7 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_composes_with(name, bptt):
     options = dict(num_rollout_steps=3, cuts=cuts_of(3, bptt))
@@ -306,7 +322,7 @@ def test_composes_with(name, bptt):
     assert_close(transform(flat_loss(residuum_loss))(flat), expected)
 
 
-@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
 @pytest.mark.parametrize("transform", ["jit of grad", "grad of jit", "grad of checkpoint"])
 def test_closures_over_traced_ints_and_keys(transform, bptt):
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
@@ -349,7 +365,7 @@ STEPPERS = {
 }
 
 
-@pytest.mark.parametrize("bptt", ["none", "2"])
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none"]))
 @pytest.mark.parametrize("name", STEPPERS)
 def test_steppers_that_use_transformations(name, bptt):
     def loss(loss_fn, x):
@@ -397,6 +413,7 @@ def rollouts(draw):
     return data, dict(num_rollout_steps=steps, cuts=cuts, weights=weights)
 
 
+@slow
 @settings(max_examples=40, deadline=None)
 @given(rollouts(), st.booleans(), st.integers(1, 3) | st.booleans())
 def test_any_rollout_equals_the_textbook_loop(rollout, checkpoint, unroll):
@@ -688,7 +705,7 @@ MESH_WAYS = [
 ]
 
 
-@pytest.mark.parametrize("bptt", [1, 5])
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
 @pytest.mark.parametrize("way", MESH_WAYS)
 def test_memory_per_device_does_not_grow_with_the_rollout(way, bptt):
     short, long = (
@@ -714,7 +731,7 @@ def collectives(compiled):
     return once, in_loops
 
 
-@pytest.mark.parametrize("bptt", [1, 5])
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
 @pytest.mark.parametrize("way", MESH_WAYS)
 def test_one_collective_at_the_end_instead_of_one_per_segment(way, bptt):
     once, in_loops = collectives(compiled_on_a_mesh(way, 100, Cuts(bptt)))
@@ -756,7 +773,7 @@ def config(name, value):
 
 
 @pytest.mark.parametrize("mode, value", STRICT_MODES, ids=str)
-@pytest.mark.parametrize("bptt", ["none", "3", "mask"])
+@pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "mask"]))
 def test_strict_modes(bptt, mode, value):
     dtype = np.float32 if mode == "jax_enable_x64" else np.float64
     rng = np.random.default_rng(0)
@@ -794,7 +811,7 @@ def test_strict_modes(bptt, mode, value):
             assert_close(jax.device_get(actual), value_and_grad[0], tolerance)
 
 
-@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
 def test_export_round_trips_a_gradient(bptt):
     inputs = problem(5)
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
@@ -804,7 +821,7 @@ def test_export_round_trips_a_gradient(bptt):
     assert_close(actual, value_and_grad(textbook_loss, inputs, **options)[1])
 
 
-@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
 def test_a_training_step_may_donate_its_buffers(bptt):
     params, *rest = problem(5)
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
@@ -917,7 +934,7 @@ def rotation_loss(loss_fn, factor, data, **options):
     return loss_fn(stepper, data, lambda n, p: n - jnp.roll(p, 1), **options)
 
 
-@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
 def test_complex_states_equal_the_textbook_loop(dtype, bptt):
     inputs = rotation_problem(dtype)
@@ -935,7 +952,7 @@ def test_complex_states_equal_the_textbook_loop(dtype, bptt):
     )
 
 
-@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_accumulates_in_float32(dtype, bptt):
     factor, data = rotation_problem(dtype, batch=512)
@@ -996,7 +1013,7 @@ def errors_in_half_precision(dtype, loss_fn, num_rollout_steps, **options):
     ]
 
 
-@pytest.mark.parametrize("bptt", ["none", "every", "9", "mask"])
+@pytest.mark.parametrize("bptt", also_slow("every", slowly=["none", "9", "mask"]))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_on_a_long_rollout(dtype, bptt):
     cuts = Cuts(np.ones(200, bool) if bptt == "mask" else BPTT[bptt])
@@ -1066,7 +1083,7 @@ def disable_x64():
         jax.config.update("jax_enable_x64", True)
 
 
-@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
 def test_step_counters_and_keys_in_the_state(bptt):
     batch = 2
     data = {
@@ -1130,7 +1147,7 @@ def test_weights_are_any_array_like_and_leave_the_dtype_of_the_loss_alone():
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": True}], ids=str)
 @pytest.mark.parametrize("field", ["bptt", "prev", "next"])
-@pytest.mark.parametrize("kind", ["static", "mask"])
+@pytest.mark.parametrize("kind", also_slow("mask", slowly=["static"]))
 def test_cuts_keep_infinite_derivatives_out(field, kind, options):
     # √ has an infinite derivative at 0, which is where the state to be cut is.
     def residuum_fn(u_next, u_prev):
@@ -1190,6 +1207,7 @@ def poisoned_rollouts(draw):
     return coefficients, dict(num_rollout_steps=steps, cuts=cuts, weights=weights)
 
 
+@slow
 @settings(max_examples=30, deadline=None)
 @given(poisoned_rollouts(), st.booleans(), st.sampled_from([1, 2, True]))
 def test_what_a_cut_separates_stays_clean(rollout, checkpoint, unroll):
@@ -1354,15 +1372,15 @@ def num_bytes(tree):
     [{}, {"checkpoint": True}, {"unroll": 5}, {"wrt": 1}, {"wrt": (0, 1)}],
     ids=str,
 )
-@pytest.mark.parametrize("bptt", [1, 5])
-@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
 def test_memory_of_a_truncated_rollout_does_not_grow_with_its_length(name, bptt, options):
     options = dict(cuts=Cuts(bptt, next=True), **options)
     assert temporaries(name, 1000, **options) == temporaries(name, 20, **options)
 
 
-@pytest.mark.parametrize("bptt", [1, 5])
-@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
 def test_memory_of_a_truncated_rollout_is_that_of_one_segment(name, bptt):
     one_segment = temporaries(name, bptt)
     params, _, _ = network_problem(name)
@@ -1372,7 +1390,7 @@ def test_memory_of_a_truncated_rollout_is_that_of_one_segment(name, bptt):
     assert temporaries(name, 1000, cuts=Cuts(np.ones(1000, bool))) > 20 * streamed / bptt
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
 def test_checkpoint_stores_one_state_per_step_and_nothing_else(name):
     _, data, _ = network_problem(name)
     short, long = (temporaries(name, n, checkpoint=True) for n in (100, 1000))
@@ -1381,14 +1399,14 @@ def test_checkpoint_stores_one_state_per_step_and_nothing_else(name):
     assert stored > 1.9 * (long - short)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
 def test_checkpoint_within_segments_stores_one_state_per_step_of_a_segment(name):
     _, data, _ = network_problem(name)
     short, long = (temporaries(name, 1000, cuts=Cuts(k), checkpoint=True) for k in (50, 100))
     assert long - short <= 1.01 * 50 * num_bytes(data)
 
 
-@pytest.mark.parametrize("bptt", [False, 1, 2])
+@pytest.mark.parametrize("bptt", also_slow(2, slowly=[False, 1]))
 def test_unrolled_it_needs_no_more_memory_than_trainax(bptt):
     def trainax_loss(stepper, data, residuum_fn, *, num_rollout_steps):
         configuration = trainax.configuration.Residuum(
@@ -1455,8 +1473,8 @@ def heat_residuum(u_next, u_prev):
 
 
 @pytest.mark.parametrize("every", [None, 1, 2, 3])
-@pytest.mark.parametrize("loss_name", ["MSELoss", "MAELoss"])
-@pytest.mark.parametrize("network_name", ["mlp", "conv"])
+@pytest.mark.parametrize("loss_name", also_slow("MSELoss", slowly=["MAELoss"]))
+@pytest.mark.parametrize("network_name", also_slow("mlp", slowly=["conv"]))
 def test_trainax_agrees(network_name, loss_name, every):
     network = trainax_network(network_name)
     data = jax.random.normal(jax.random.key(1), (3, 2, 1, 8))
@@ -1806,6 +1824,40 @@ def test_it_imports_jax_and_jaxtyping_only():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"jax", "jaxtyping"}
+
+
+def test_importing_it_touches_no_network_no_file_and_no_environment():
+    program = """if True:
+        import collections, os, sys
+        import jax, jaxtyping
+        from jaxtyping import PyTree  # loaded lazily
+
+        touched = []
+
+        class Environment(collections.UserDict):
+            def __getitem__(self, name, default=None):
+                touched.append(("environment", name))
+                raise KeyError(name)
+
+            __contains__ = get = __getitem__
+
+        def audit(event, args):
+            is_module = event == "open" and "residuum" in os.path.basename(str(args[0]))
+            watched = ("open", "socket.", "subprocess.", "os.putenv", "os.system", "urllib.")
+            if event.startswith(watched) and not is_module:
+                touched.append((event, args))
+
+        sys.addaudithook(audit)
+        os.environ = Environment()
+        import residuum
+        assert touched == [], touched
+        os.getenv("HOME") if len(sys.argv) == 1 else open(sys.argv[1])
+    """
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    # That the program would notice is what the last line is for.
+    for last, arguments in (("KeyError", []), ("FileNotFoundError", ["/no/such/file"])):
+        result = run([sys.executable, "-B", "-c", program, *arguments])
+        assert result.stderr.strip().splitlines()[-1].startswith(last), result.stderr
 
 
 def test_public_names():

@@ -20,6 +20,7 @@ import exponax as ex
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -41,8 +42,8 @@ REPORT_STEPS = (1, 10, 50)
 # The equation
 #
 
-WAVENUMBERS = 2 * jnp.pi / DOMAIN_EXTENT * jnp.arange(NUM_POINTS // 2 + 1)
-RESOLVED = jnp.arange(NUM_POINTS // 2 + 1) < NUM_POINTS / 3  # 2/3 rule of dealiasing
+WAVENUMBERS = 2 * np.pi / DOMAIN_EXTENT * np.arange(NUM_POINTS // 2 + 1)
+RESOLVED = np.arange(NUM_POINTS // 2 + 1) < NUM_POINTS / 3  # 2/3 rule of dealiasing
 
 
 def time_derivative(u):
