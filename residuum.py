@@ -110,7 +110,9 @@ def residuum_loss(
 
     for `t = 0, …, num_rollout_steps - 1`. `stepper`, `residuum_fn` and `time_level_loss`
     are called on one sample, without a batch axis, and must be pure. Gradients flow to
-    whatever they close over, to `data` and to `weights`.
+    whatever they close over, to `data` and to `weights`. Several devices: a `jax.shard_map`
+    with `check_vma=True` should begin with `jax.lax.pcast` of the parameters to varying, or
+    a truncated rollout takes the memory of all its steps; other ways need nothing.
 
     The configuration `Residuum` of trainax (https://github.com/Ceyron/trainax) is the
     reference; its taxonomy is due to Koehler et al., "APEBench: A Benchmark for
@@ -141,11 +143,13 @@ def residuum_loss(
     **Returns:**
 
     The loss, a scalar in float32 or wider (its dtype is that of `time_level_loss`; bf16
-    and fp16 are accumulated in float32). With `has_aux`, the pair `(loss, Rollout)`.
+    and fp16 are accumulated in float32, and so are the gradients of parameters in these
+    formats, which takes a copy in float32). With `has_aux`, the pair `(loss, Rollout)`.
 
     **Raises:**
 
-    `TypeError` or `ValueError` at trace time, naming the argument.
+    `TypeError` or `ValueError` at trace time, naming the argument. What your functions
+    raise passes through, with a note that says which one it was and what it was called with.
     """
     _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
@@ -171,8 +175,9 @@ def residuum_loss(
     levels = (level_weights, masks)
     step, closed_over = _hoist(time_step, u_0, _first(masks))
     if streamed:
-        how = (num_steps, segment_length, steps_per_iteration)
-        loss, aux = _streamed_rollout(step, closed_over, u_0, levels, *how)
+        loss, aux = _streamed_rollout(
+            step, closed_over, u_0, levels, num_steps, segment_length, steps_per_iteration
+        )
     else:
         step = partial(step, closed_over)
         loss, aux = _rollout(step, u_0, levels, num_steps, steps_per_iteration)
@@ -224,17 +229,16 @@ def _hoist(f, *args):
     time levels. `jax.closure_convert` would miss integers and keys.
     """
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-
     constants = [jnp.asarray(x) for x in jaxpr.consts]
-    widened = lambda x: _at_least_float32(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-    narrowed = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)
+    is_half = lambda x: jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize < 4
 
     def run(closed_over, *leaves):
-        narrow = [narrowed(x, c.dtype) for x, c in zip(closed_over, constants, strict=True)]
+        pairs = zip(closed_over, constants, strict=True)
+        narrow = [x.astype(c.dtype) if is_half(c) else x for x, c in pairs]
         return jax.core.eval_jaxpr(jaxpr.jaxpr, narrow, *leaves)
 
     # Traced once more, since the constants may be tracers, and `g` must not hold on to them.
-    closed_over = [widened(x) for x in constants]
+    closed_over = [x.astype(jnp.float32) if is_half(x) else x for x in constants]
     program = jax.make_jaxpr(run)(closed_over, *jax.tree.leaves(args))
 
     def g(closed_over, *args):

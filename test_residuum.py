@@ -1988,7 +1988,7 @@ def run_block(section, setup, block):
 
 
 PYTHON_BLOCKS = list(python_blocks())
-# The wheel is to be used with jax alone, so only the first two sections are.
+# The sections whose blocks need more than the library, or more than one device.
 NEED_MORE = ("With your stack", "Scaling out")
 
 
