@@ -201,7 +201,7 @@ def spectrum(u):
 
 def save_figure(path, reference, emulated):
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.3), layout="constrained")
-    limit = float(jnp.max(jnp.abs(reference)))
+    limit = float(jnp.max(jnp.abs(jnp.stack([reference[0, -1], emulated[0, -1]]))))
     extent = (0, DOMAIN_EXTENT, 0, DOMAIN_EXTENT)
     style = dict(vmin=-limit, vmax=limit, cmap="RdBu_r", extent=extent, origin="lower")
     for axis, name, u in zip(axes, ("solver", "emulator"), (reference, emulated), strict=False):
@@ -219,7 +219,7 @@ def save_figure(path, reference, emulated):
         energy = spectrum(u[:, u.shape[1] // 2 :])
         wavenumbers = 2 * np.pi / DOMAIN_EXTENT * np.arange(1, len(energy) + 1)
         axes[3].semilogy(wavenumbers, energy, line, color=color, label=name)
-    axes[3].set(title="spectrum", xlabel="wavenumber", ylabel="energy")
+    axes[3].set(title="spectrum", xlabel="wavenumber", ylabel="energy", ylim=(1e-7, 10))
     axes[3].legend(loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
