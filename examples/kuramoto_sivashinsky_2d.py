@@ -166,13 +166,14 @@ def memory(stepper, **options):
     return analysis.temp_size_in_bytes / 1e6
 
 
-def print_memory(stepper, num_steps, k):
-    """With and without truncation and rematerialisation."""
-    print(f"\n{'memory of one gradient':<32}{f'{num_steps} steps':>12}{'100 steps':>12}")
+def print_memory(stepper, k, lengths):
+    """With and without truncation and rematerialisation, by rollout length."""
+    columns = "".join(f"{f'{n} steps':>12}" for n in lengths)
+    print(f"\n{'memory of one gradient':<32}{columns}")
     for cuts in (Cuts(), Cuts(bptt=k)):
         for checkpoint in (False, True):
             options = dict(cuts=cuts, checkpoint=checkpoint)
-            row = [memory(stepper, num_rollout_steps=n, **options) for n in (num_steps, 100)]
+            row = [memory(stepper, num_rollout_steps=n, **options) for n in lengths]
             name = f"bptt={cuts.bptt}, checkpoint={checkpoint}"
             print(f"{name:<32}" + "".join(f"{megabytes:>9.1f} MB" for megabytes in row))
 
@@ -241,7 +242,8 @@ def main():
 
     model_key, train_key, test_key = jax.random.split(jax.random.key(args.seed), 3)
     stepper = ConvNet(key=model_key)
-    print_memory(stepper, args.rollout_steps, args.bptt)
+    lengths = (args.rollout_steps,) if args.quick else (args.rollout_steps, 100)
+    print_memory(stepper, args.bptt, lengths)
     options = dict(
         num_rollout_steps=args.rollout_steps,
         cuts=Cuts(bptt=args.bptt),
