@@ -294,7 +294,9 @@ def test_forward_mode_equals_the_textbook_loop(options):
 def test_hessians_equal_the_textbook_loop(options):
     flat, flat_loss = flat_losses(options)
     expected = compiled(jax.hessian(flat_loss(textbook_loss)), flat)
-    for extra, outer in itertools.product(EXTRA[:2], [jax.jacfwd, jax.jacrev]):
+    for extra, outer in zip(
+        [{}, *EXTRA[:2]], [jax.jacfwd, jax.jacrev, jax.jacrev], strict=True
+    ):
         actual = compiled(outer(jax.jacrev(flat_loss(residuum_loss, **extra))), flat)
         assert_close(actual, expected, what=(outer, extra))
 
@@ -315,7 +317,7 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["mask"]))
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_composes_with(name, bptt):
     options = dict(num_rollout_steps=3, cuts=cuts_of(3, bptt))
@@ -417,7 +419,7 @@ def rollouts(draw):
 
 
 @slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rollouts(), st.booleans(), st.integers(1, 3) | st.booleans())
 def test_any_rollout_equals_the_textbook_loop(rollout, checkpoint, unroll):
     data, options = rollout
@@ -968,7 +970,7 @@ def test_complex_states_equal_the_textbook_loop(dtype, bptt):
     )
     chex.assert_type(jax.tree.leaves(actual), [dtype(0).real.dtype, dtype, dtype])
     chex.assert_trees_all_close(
-        actual, expected, rtol=TOLERANCE if dtype == jnp.complex128 else 1e-5
+        actual, expected, rtol=TOLERANCE if dtype == jnp.complex128 else SINGLE_TOLERANCE
     )
 
 
@@ -1091,7 +1093,7 @@ def test_single_precision_without_x64():
         actual = value_and_grad(residuum_loss, inputs, num_rollout_steps=5)
         expected = value_and_grad(textbook_loss, inputs, num_rollout_steps=5)
         chex.assert_type(jax.tree.leaves(actual), jnp.float32)
-        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=2e-5)
+        assert_close(actual, expected, SINGLE_TOLERANCE)
 
 
 @pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
@@ -1219,7 +1221,7 @@ def poisoned_rollouts(draw):
 
 
 @slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(poisoned_rollouts(), st.booleans(), st.sampled_from([1, 2, True]))
 def test_what_a_cut_separates_stays_clean(rollout, checkpoint, unroll):
     coefficients, options = rollout
@@ -1484,8 +1486,14 @@ def heat_residuum(u_next, u_prev):
 
 
 @pytest.mark.parametrize("every", also_slow(2, slowly=[None, 1, 3]))
-@pytest.mark.parametrize("loss_name", also_slow("MSELoss", slowly=["MAELoss"]))
-@pytest.mark.parametrize("network_name", also_slow("mlp", slowly=["conv"]))
+@pytest.mark.parametrize(
+    "network_name, loss_name",
+    [
+        ("mlp", "MSELoss"),
+        pytest.param("mlp", "MAELoss", marks=slow),
+        pytest.param("conv", "MSELoss", marks=slow),
+    ],
+)
 def test_trainax_agrees(network_name, loss_name, every):
     network = trainax_network(network_name)
     data = jax.random.normal(jax.random.key(1), (3, 2, 1, 8))
@@ -1882,7 +1890,7 @@ def test_one_thing_wrong_is_an_error_that_names_it_or_a_correct_result(name, val
         if field:
             options = {"cuts": Cuts(**{field: value})}
         expected = valid_call(loss_fn=textbook_loss, **options)
-        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+        np.testing.assert_allclose(actual, expected, rtol=SINGLE_TOLERANCE)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:], ids=str)
