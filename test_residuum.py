@@ -370,7 +370,8 @@ STEPPERS = {
 }
 
 
-@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none"]))
+@slow
+@pytest.mark.parametrize("bptt", ["2", "none"])
 @pytest.mark.parametrize("name", STEPPERS)
 def test_steppers_that_use_transformations(name, bptt):
     def loss(loss_fn, x):
@@ -1158,9 +1159,10 @@ def test_weights_are_any_array_like_and_leave_the_dtype_of_the_loss_alone():
 #
 
 
+@slow
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": True}], ids=str)
 @pytest.mark.parametrize("field", ["bptt", "prev", "next"])
-@pytest.mark.parametrize("kind", also_slow("mask", slowly=["static"]))
+@pytest.mark.parametrize("kind", ["mask", "static"])
 def test_cuts_keep_infinite_derivatives_out(field, kind, options):
     # √ has an infinite derivative at 0, which is where the state to be cut is.
     def residuum_fn(u_next, u_prev):
