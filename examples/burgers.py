@@ -14,6 +14,7 @@ exponential time differencing solver of exponax is used only to judge the result
 import argparse
 import pathlib
 import time
+from functools import partial
 
 import equinox as eqx
 import exponax as ex
@@ -61,6 +62,16 @@ def crank_nicolson(u_next, u_prev):
     return u_next - u_prev - DT * slope
 
 
+def initial_conditions(num_samples, key):
+    """Random states `[num_samples, 1, NUM_POINTS]`."""
+    generator = ex.ic.RandomTruncatedFourierSeries(1, cutoff=5, max_one=True)
+    return ex.build_ic_set(generator, num_points=NUM_POINTS, num_samples=num_samples, key=key)
+
+
+def reference_solver():
+    return ex.stepper.Burgers(1, DOMAIN_EXTENT, NUM_POINTS, DT, diffusivity=VISCOSITY)
+
+
 #
 # The emulator
 #
@@ -97,28 +108,25 @@ class ConvNet(eqx.Module):
         return u + self.layers[-1](hidden)
 
 
-def train(name, initial_conditions, *, num_updates, key, **options):
-    """Trains a fresh emulator with Adam; returns it and the seconds that took."""
+def train(name, loss_fn, data, *, num_updates, key):
+    """Trains a fresh emulator with Adam on batches of `data`, `[sample, num_snapshots, 1,
+    NUM_POINTS]`; returns it and the seconds that took."""
     init_key, batch_key = jax.random.split(key)
     stepper = ConvNet(key=init_key)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
     opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
 
     @eqx.filter_jit
-    def update(stepper, opt_state, key):
+    def update(stepper, opt_state, data, key):
         samples = jax.random.choice(key, NUM_TRAIN, (BATCH_SIZE,), replace=False)
-        # [batch, num_snapshots, channels, points] with the one snapshot that is needed
-        data = initial_conditions[samples][:, None]
-        loss, grads = eqx.filter_value_and_grad(residuum_loss)(
-            stepper, data, crank_nicolson, unroll=True, **options
-        )
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(stepper, data[samples])
         updates, opt_state = optimizer.update(grads, opt_state)
         return eqx.apply_updates(stepper, updates), opt_state, loss
 
     start = time.perf_counter()
     progress = tqdm(jax.random.split(batch_key, num_updates), desc=f"{name:>24}")
     for i, update_key in enumerate(progress):
-        stepper, opt_state, loss = update(stepper, opt_state, update_key)
+        stepper, opt_state, loss = update(stepper, opt_state, data, update_key)
         if i % 20 == 0 or i == num_updates - 1:
             progress.set_postfix(loss=f"{loss:.1e}")
     return stepper, time.perf_counter() - start
@@ -205,11 +213,8 @@ def main():
     num_updates = 20 if args.quick else args.updates
 
     train_key, test_key, model_key = jax.random.split(jax.random.key(args.seed), 3)
-    ic_generator = ex.ic.RandomTruncatedFourierSeries(1, cutoff=5, max_one=True)
-    train_set, test_set = (
-        ex.build_ic_set(ic_generator, num_points=NUM_POINTS, num_samples=n, key=key)
-        for n, key in ((NUM_TRAIN, train_key), (NUM_TEST, test_key))
-    )
+    train_set = initial_conditions(NUM_TRAIN, train_key)
+    test_set = initial_conditions(NUM_TEST, test_key)
 
     steps = args.rollout_steps
     models = {
@@ -221,13 +226,14 @@ def main():
     }
     trajectories, seconds = {"persistence": rollout(lambda u: u, test_set)}, {}
     for name, options in models.items():
+        loss_fn = partial(residuum_loss, residuum_fn=crank_nicolson, unroll=True, **options)
+        data = train_set[:, None]  # with the one snapshot that is needed
         stepper, seconds[name] = train(
-            name, train_set, num_updates=num_updates, key=model_key, **options
+            name, loss_fn, data, num_updates=num_updates, key=model_key
         )
         trajectories[name] = rollout(stepper, test_set)
 
-    solver = ex.stepper.Burgers(1, DOMAIN_EXTENT, NUM_POINTS, DT, diffusivity=VISCOSITY)
-    reference = rollout(solver, test_set)
+    reference = rollout(reference_solver(), test_set)
     errors = {name: error_over_time(u, reference) for name, u in trajectories.items()}
     print_table(errors, seconds)
     save_figure(args.output, reference[0], trajectories[name][0], name, errors)

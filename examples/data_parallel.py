@@ -18,7 +18,6 @@ import subprocess
 import sys
 
 import equinox as eqx
-import exponax as ex
 import jax
 import numpy as np
 import optax
@@ -26,15 +25,13 @@ from burgers import (
     BATCH_SIZE,
     ConvNet,
     crank_nicolson,
-    DOMAIN_EXTENT,
-    DT,
     error_over_time,
-    NUM_POINTS,
+    initial_conditions,
     NUM_TEST,
     NUM_TRAIN,
+    reference_solver,
     rollout,
     TEST_STEPS,
-    VISCOSITY,
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
@@ -60,11 +57,6 @@ def join(args):
     elif args.num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-
-
-def initial_conditions(num_samples, key):
-    generator = ex.ic.RandomTruncatedFourierSeries(1, cutoff=5, max_one=True)
-    return ex.build_ic_set(generator, num_points=NUM_POINTS, num_samples=num_samples, key=key)
 
 
 def train(stepper, train_set, *, num_updates, num_rollout_steps, seed):
@@ -129,8 +121,8 @@ def main():
     )
     if jax.process_index() == 0:
         test_set = initial_conditions(NUM_TEST, test_key)
-        solver = ex.stepper.Burgers(1, DOMAIN_EXTENT, NUM_POINTS, DT, diffusivity=VISCOSITY)
-        error = error_over_time(rollout(stepper, test_set), rollout(solver, test_set))
+        reference = rollout(reference_solver(), test_set)
+        error = error_over_time(rollout(stepper, test_set), reference)
         print(f"\n{jax.process_count()} processes, {jax.device_count()} devices")
         print(f"loss {history[0]:.3e} before, {history[-1]:.3e} after training")
         print(f"nRMSE after {TEST_STEPS} steps: {error[TEST_STEPS]:.4f}")

@@ -13,54 +13,28 @@ Crank–Nicolson step, which differs from the solver's by its own error in time.
 import argparse
 import pathlib
 import time
+from functools import partial
 
-import equinox as eqx
 import exponax as ex
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import optax
 import trainax
 from burgers import (
-    BATCH_SIZE,
-    ConvNet,
     crank_nicolson,
-    DOMAIN_EXTENT,
     DT,
     error_over_time,
+    initial_conditions,
     NUM_POINTS,
     NUM_TEST,
     NUM_TRAIN,
+    reference_solver,
     REPORT_STEPS,
     rollout,
-    VISCOSITY,
+    train,
 )
-from tqdm import tqdm
 
 from residuum import residuum_loss
-
-
-def train(name, loss_fn, data, *, num_updates, key):
-    """Trains a fresh emulator on `data[samples]`; returns it and the seconds that took."""
-    init_key, batch_key = jax.random.split(key)
-    stepper = ConvNet(key=init_key)
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
-    opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
-
-    @eqx.filter_jit
-    def update(stepper, opt_state, data, key):
-        samples = jax.random.choice(key, NUM_TRAIN, (BATCH_SIZE,), replace=False)
-        loss, grads = eqx.filter_value_and_grad(loss_fn)(stepper, data[samples])
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return eqx.apply_updates(stepper, updates), opt_state, loss
-
-    start = time.perf_counter()
-    progress = tqdm(jax.random.split(batch_key, num_updates), desc=f"{name:>12}")
-    for i, update_key in enumerate(progress):
-        stepper, opt_state, loss = update(stepper, opt_state, data, update_key)
-        if i % 20 == 0 or i == num_updates - 1:
-            progress.set_postfix(loss=f"{loss:.1e}")
-    return stepper, time.perf_counter() - start
 
 
 def save_figure(path, errors):
@@ -91,29 +65,22 @@ def main():
     num_steps = args.rollout_steps
 
     train_key, test_key, model_key = jax.random.split(jax.random.key(args.seed), 3)
-    generator = ex.ic.RandomTruncatedFourierSeries(1, cutoff=5, max_one=True)
-    train_set, test_set = (
-        ex.build_ic_set(generator, num_points=NUM_POINTS, num_samples=n, key=key)
-        for n, key in ((NUM_TRAIN, train_key), (NUM_TEST, test_key))
-    )
-    solver = ex.stepper.Burgers(1, DOMAIN_EXTENT, NUM_POINTS, DT, diffusivity=VISCOSITY)
+    train_set = initial_conditions(NUM_TRAIN, train_key)
+    test_set = initial_conditions(NUM_TEST, test_key)
+    solver = reference_solver()
     make_data = jax.jit(jax.vmap(ex.rollout(solver, num_steps, include_init=True)))
     compiled = make_data.lower(train_set).compile()
     start = time.perf_counter()
     trajectories = jax.block_until_ready(compiled(train_set))
     seconds_of_data = time.perf_counter() - start
 
-    supervision = trainax.configuration.Supervised(num_steps)
-    residuum_options = dict(num_rollout_steps=num_steps, unroll=True)
+    options = dict(num_rollout_steps=num_steps, unroll=True)
     cases = {
-        # [sample, num_snapshots, channels, points], and what is made of a batch of it
         "residuum": (
-            lambda stepper, data: residuum_loss(
-                stepper, data, crank_nicolson, **residuum_options
-            ),
+            partial(residuum_loss, residuum_fn=crank_nicolson, **options),
             train_set[:, None],
         ),
-        "supervised": (supervision, trajectories),
+        "supervised": (trainax.configuration.Supervised(num_steps), trajectories),
     }
     reference = rollout(solver, test_set)
     print(f"{'':<14}{'snapshots':>10}{'MB':>8}{'data':>10}{'training':>10}", end="")
