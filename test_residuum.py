@@ -46,6 +46,8 @@ ROOT = pathlib.Path(__file__).parent
 # the tests want the digits.
 TOLERANCE, SINGLE_TOLERANCE = 1e-9, 2e-5
 jax.config.update("jax_default_matmul_precision", "highest")
+# Which here cost more time than they save: nearly every program runs once.
+jax.config.update("jax_disable_most_optimizations", True)
 FLAGS = (False, True)
 
 # More of the same, at length: `-m "not slow"` leaves it out.
@@ -67,25 +69,6 @@ def assert_close(actual, expected, tolerance=TOLERANCE, what=None):
     chex.assert_trees_all_close(
         actual, expected, rtol=tolerance, atol=tolerance, custom_message=message
     )
-
-
-def compiled(f, *args):
-    """Calls `f` compiled, without the optimisations that cost more time than they save in
-    a program that runs once."""
-    return jax.jit(f).lower(*args).compile(compiler_options=quick_compilation())(*args)
-
-
-@functools.cache
-def quick_compilation():
-    def is_known(name, value):  # to the XLA at hand
-        try:
-            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
-        except Exception:
-            return False
-        return True
-
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return {name: value for name, value in options.items() if is_known(name, value)}
 
 
 #
@@ -222,7 +205,7 @@ def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt):
             options = [dict(checkpoint=checkpoint, unroll=unroll) for checkpoint in FLAGS]
             return [all_values_and_grads(residuum_loss, inputs, **o) for o in options]
 
-        for checkpoint, values_and_grads in zip(FLAGS, compiled(actual, inputs), strict=True):
+        for checkpoint, values_and_grads in zip(FLAGS, jax.jit(actual)(inputs), strict=True):
             for what, *pair in zip(combinations, values_and_grads, expected, strict=True):
                 assert_close(*pair, what=(unroll, checkpoint, what))
 
@@ -232,7 +215,7 @@ def test_value_and_gradient_equal_the_textbook_loop(num_rollout_steps, bptt):
 def test_unroll_that_does_not_divide_equals_the_textbook_loop(bptt, unroll):
     inputs, options = problem(7), dict(num_rollout_steps=7, cuts=Cuts(bptt))
     f = functools.partial(value_and_grad, residuum_loss, unroll=unroll, **options)
-    assert_close(compiled(f, inputs), value_and_grad(textbook_loss, inputs, **options))
+    assert_close(jax.jit(f)(inputs), value_and_grad(textbook_loss, inputs, **options))
 
 
 @pytest.mark.parametrize("shape", [(), (5,)], ids=["scalar", "per level"])
@@ -293,11 +276,11 @@ def test_forward_mode_equals_the_textbook_loop(options):
 @pytest.mark.parametrize("options", also_slow(HIGHER_ORDER[3], slowly=OTHERS), ids=str)
 def test_hessians_equal_the_textbook_loop(options):
     flat, flat_loss = flat_losses(options)
-    expected = compiled(jax.hessian(flat_loss(textbook_loss)), flat)
+    expected = jax.jit(jax.hessian(flat_loss(textbook_loss)))(flat)
     for extra, outer in zip(
         [{}, *EXTRA[:2]], [jax.jacfwd, jax.jacrev, jax.jacrev], strict=True
     ):
-        actual = compiled(outer(jax.jacrev(flat_loss(residuum_loss, **extra))), flat)
+        actual = jax.jit(outer(jax.jacrev(flat_loss(residuum_loss, **extra))))(flat)
         assert_close(actual, expected, what=(outer, extra))
 
 
@@ -323,7 +306,7 @@ def test_composes_with(name, bptt):
     options = dict(num_rollout_steps=3, cuts=cuts_of(3, bptt))
     flat, flat_loss = flat_losses(options)
     transform = TRANSFORMATIONS[name]
-    expected = compiled(transform(flat_loss(textbook_loss)), flat)
+    expected = jax.jit(transform(flat_loss(textbook_loss)))(flat)
     assert_close(transform(flat_loss(residuum_loss))(flat), expected)
 
 
@@ -348,7 +331,7 @@ def test_closures_over_traced_ints_and_keys(transform, bptt):
             f = lambda x: loss(loss_fn, x, shift, jax.random.key(seed))
             return TRANSFORMATIONS[transform](f)(x)
 
-        return compiled(with_ints, jnp.arange(3.0), 1, 7)
+        return jax.jit(with_ints)(jnp.arange(3.0), 1, 7)
 
     assert_close(of_x(residuum_loss), of_x(textbook_loss))
 
@@ -437,7 +420,7 @@ def test_any_rollout_equals_the_textbook_loop(rollout, checkpoint, unroll):
 
     def judge(loss_fn, **more):
         f = functools.partial(loss, loss_fn, **more)
-        return compiled(jax.value_and_grad(f, argnums=(0, 1)), jnp.float64(1.3), data)
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(jnp.float64(1.3), data)
 
     actual = judge(residuum_loss, checkpoint=checkpoint, unroll=unroll)
     assert_close(actual, judge(textbook_loss))
@@ -544,7 +527,7 @@ def mesh_problem():
         f = functools.partial(loss, textbook_loss, options)
         return jax.value_and_grad(f, argnums=(0, 1))(params, data)
 
-    expected = compiled(lambda: [value_and_grad(options) for options in MESH_ROLLOUTS])
+    expected = jax.jit(lambda: [value_and_grad(options) for options in MESH_ROLLOUTS])()
     losses = [functools.partial(loss, residuum_loss, options) for options in MESH_ROLLOUTS]
     return losses, params, data, expected
 
@@ -572,9 +555,7 @@ def test_sharded_data_under_jit(groups, explicit):
         return jax.value_and_grad(grouped if groups else loss, argnums=(0, 1))(*args)
 
     with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-        actual = compiled(
-            lambda *x: [value_and_grad(loss, *x) for loss in losses], params, data
-        )
+        actual = jax.jit(lambda *x: [value_and_grad(loss, *x) for loss in losses])(params, data)
     merge = lambda x: x.reshape(-1, *x.shape[2:])
     if groups:
         actual = [
@@ -615,7 +596,7 @@ def test_shard_map(where, check_vma):
             return [jax.value_and_grad(mapped(mean_loss, loss))(*args) for loss in losses]
         return [mapped(value_and_grad, loss)(*args) for loss in losses]
 
-    actual = compiled(all_values_and_grads, params, data)
+    actual = jax.jit(all_values_and_grads)(params, data)
     assert_all_close(actual, [(loss, grad) for loss, (grad, _) in expected])
 
 
@@ -657,13 +638,13 @@ def test_sharded_parameters_and_sharded_space(sharded):
                 options = dict(num_rollout_steps=4, cuts=options["cuts"])
             yield value_and_grad(loss_fn, options, kernel, data)
 
-    expected = compiled(lambda *x: list(all_values_and_grads(textbook_loss, *x)), kernel, data)
+    expected = jax.jit(lambda *x: list(all_values_and_grads(textbook_loss, *x)))(kernel, data)
     specs = {
         "parameters": (P("model"), P("batch")),
         "space": (P(), P("batch", None, "model")),
     }[sharded]
     args = (shard(mesh, spec, x) for spec, x in zip(specs, (kernel, data), strict=True))
-    actual = compiled(lambda *x: list(all_values_and_grads(residuum_loss, *x)), *args)
+    actual = jax.jit(lambda *x: list(all_values_and_grads(residuum_loss, *x)))(*args)
     assert_all_close(actual, expected)
 
 
@@ -963,9 +944,8 @@ def test_complex_states_equal_the_textbook_loop(dtype, bptt):
     inputs = rotation_problem(dtype)
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
     actual, expected = (
-        compiled(
-            jax.value_and_grad(functools.partial(rotation_loss, f, **options), (0, 1)),
-            *inputs,
+        jax.jit(jax.value_and_grad(functools.partial(rotation_loss, f, **options), (0, 1)))(
+            *inputs
         )
         for f in (residuum_loss, textbook_loss)
     )
@@ -1070,8 +1050,8 @@ def test_wider_parameters_promote_the_initial_condition(bptt):
     narrow = data.astype(jnp.float32)
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
     f = jax.value_and_grad(functools.partial(rotation_loss, residuum_loss, **options), (0, 1))
-    loss, (grad, data_grad) = compiled(f, factor, narrow)
-    expected = compiled(f, factor, narrow.astype(jnp.float64))
+    loss, (grad, data_grad) = jax.jit(f)(factor, narrow)
+    expected = jax.jit(f)(factor, narrow.astype(jnp.float64))
     assert_close((loss, grad), (expected[0], expected[1][0]))
     assert_close(data_grad, expected[1][1].astype(jnp.float32), 1e-6)
 
@@ -1124,9 +1104,9 @@ def test_step_counters_and_keys_in_the_state(bptt):
         return lambda x: (jax.value_and_grad(f)(x), jax.hessian(f)(x))
 
     x = jnp.arange(3.0)
-    expected = compiled(derivatives(textbook_loss), x)
+    expected = jax.jit(derivatives(textbook_loss))(x)
     for options in EXTRA[:2]:
-        actual = compiled(derivatives(residuum_loss, **options), x)
+        actual = jax.jit(derivatives(residuum_loss, **options))(x)
         assert_close(actual, expected, what=options)
     _, rollout = loss(residuum_loss, x, has_aux=True)
     assert_close(rollout.final_state["count"], jnp.full((batch,), 5, jnp.int32))
@@ -1246,10 +1226,10 @@ def test_what_a_cut_separates_stays_clean(rollout, checkpoint, unroll):
         return loss_fn(stepper, data, residuum_fn, **options, **more)
 
     f = functools.partial(loss, residuum_loss, checkpoint=checkpoint, unroll=unroll)
-    actual = compiled(jax.value_and_grad(f), 1.3)
+    actual = jax.jit(jax.value_and_grad(f))(1.3)
     chex.assert_tree_all_finite(actual)
     f = functools.partial(loss, textbook_loss)
-    assert_close(actual, compiled(jax.value_and_grad(f), 1.3))
+    assert_close(actual, jax.jit(jax.value_and_grad(f))(1.3))
 
 
 @pytest.mark.parametrize("bptt", BPTT)
@@ -1533,7 +1513,7 @@ def test_trainax_agrees(network_name, loss_name, every):
             )
             yield actual, value_and_grad(reference, residuum_fn=heat_residuum)
 
-    for actual, expected in compiled(lambda params: list(both(params)), params):
+    for actual, expected in jax.jit(lambda params: list(both(params)))(params):
         assert_close(actual, expected)
 
 
@@ -1922,7 +1902,7 @@ def test_annotations_hold_at_run_time():
     for bptt in (False, True, 2, MASK[:5]):
         options = dict(num_rollout_steps=5, cuts=checked.Cuts(bptt, MASK[:5], True))
         f = functools.partial(value_and_grad, checked.residuum_loss, **options)
-        assert_close(compiled(f, inputs), value_and_grad(textbook_loss, inputs, **options))
+        assert_close(jax.jit(f)(inputs), value_and_grad(textbook_loss, inputs, **options))
     with pytest.raises(jaxtyping.TypeCheckError, match="weights"):
         evaluate(checked.residuum_loss, *inputs, num_rollout_steps=4)
 
