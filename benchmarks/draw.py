@@ -46,7 +46,11 @@ def draw(rows, networks, cut, path):
         "run_s": ("run time of one gradient [s]", 1),
     }
     figure, axes = plt.subplots(
-        len(networks), 3, figsize=(10, 2.6 * len(networks)), sharex=True, layout="constrained"
+        *(len(networks), 3),
+        figsize=(10, 2.6 * len(networks)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     for network, line in zip(networks, axes, strict=True):
         for (column, (label, scale)), axis in zip(columns.items(), line, strict=True):
