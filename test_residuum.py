@@ -847,9 +847,10 @@ def test_a_training_step_may_donate_its_buffers(bptt):
         consumed = donated
         value, donated = step(donated)
         expected_value, expected = training_step(textbook_loss, expected)
-        if jax.__version_info__ >= (0, 6):  # before, a CPU did not donate
-            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(consumed))
-        assert_close((value, donated), (expected_value, expected))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(consumed))
+        # Of copies, since a view that numpy holds may keep a buffer from being donated.
+        copies = jax.tree.map(jnp.copy, (value, donated))
+        assert_close(copies, (expected_value, expected))
 
 
 #
