@@ -46,7 +46,8 @@ ROOT = pathlib.Path(__file__).parent
 # the tests want the digits.
 TOLERANCE, SINGLE_TOLERANCE = 1e-9, 2e-5
 jax.config.update("jax_default_matmul_precision", "highest")
-# Which here cost more time than they save: nearly every program runs once.
+# Which here cost more time than they save: nearly every program runs once. What a program
+# allocates does not depend on them.
 jax.config.update("jax_disable_most_optimizations", True)
 FLAGS = (False, True)
 
