@@ -318,7 +318,9 @@ def test_composes_with(name, bptt):
 
 
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
-@pytest.mark.parametrize("transform", ["jit of grad", "grad of jit", "grad of checkpoint"])
+@pytest.mark.parametrize(
+    "transform", also_slow("grad of jit", slowly=["jit of grad", "grad of checkpoint"])
+)
 def test_closures_over_traced_ints_and_keys(transform, bptt):
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
     data = jax.random.normal(jax.random.key(0), (2, 1, 3))
@@ -623,7 +625,7 @@ def test_pmap():
     assert_all_close(actual, [(loss, grad) for loss, (grad, _) in expected])
 
 
-@pytest.mark.parametrize("sharded", ["parameters", "space"])
+@pytest.mark.parametrize("sharded", also_slow("parameters", slowly=["space"]))
 def test_sharded_parameters_and_sharded_space(sharded):
     mesh = make_mesh(("batch", "model"))
     rng = np.random.default_rng(0)
@@ -1053,7 +1055,7 @@ def test_a_thousand_segments_lose_no_small_contributions(dtype):
     assert ordinary_error > 10 * error
 
 
-@pytest.mark.parametrize("bptt", BPTT)
+@pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
 def test_wider_parameters_promote_the_initial_condition(bptt):
     factor, data = rotation_problem(jnp.float64)
     narrow = data.astype(jnp.float32)
