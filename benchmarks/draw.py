@@ -46,7 +46,8 @@ def draw(rows, networks, cut, path):
         "run_s": ("run time of one gradient [s]", 1),
     }
     figure, axes = plt.subplots(
-        *(len(networks), 3),
+        nrows=len(networks),
+        ncols=3,
         figsize=(10, 2.6 * len(networks)),
         sharex=True,
         squeeze=False,
