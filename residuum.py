@@ -12,14 +12,16 @@ installed (`pip install residuum-jax`) or copied into a project as the one file 
 
 import reprlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial, reduce
+from itertools import pairwise
 from numbers import Integral
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+from jax.core import eval_jaxpr, Tracer
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 
@@ -57,7 +59,7 @@ class Cuts(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What a rollout leaves behind, with gradients stopped; see `has_aux`.
+    """What a rollout leaves behind, see `has_aux`. No gradient flows through it.
 
     **Fields:**
 
@@ -84,39 +86,65 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(residuum)]
     if not leaves:
         raise ValueError(f"residuum must hold at least one array, got {residuum!r}.")
-    sums = [jnp.sum(_abs_squared(r)) for r in leaves]
+    # |r|² = Re² + Im² is differentiable where r is 0, unlike abs(r)**2.
+    parts = [x for r in leaves for x in ([r.real, r.imag] if jnp.iscomplexobj(r) else [r])]
+    sums = [jnp.sum(jnp.square(_at_least_float32(x))) for x in parts]
     widest = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
     return reduce(jnp.add, [s.astype(widest) for s in sums]) / sum(r.size for r in leaves)
 
 
+@overload
 def residuum_loss(
-    stepper: Callable[[PyTree], PyTree],
+    stepper: Callable[[Any], Any],
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[PyTree, PyTree], PyTree],
+    residuum_fn: Callable[[Any, Any], Any],
+    *,
+    num_rollout_steps: int = ...,
+    cuts: Cuts = ...,
+    weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
+    time_level_loss: Callable[[Any], Any] = ...,
+    checkpoint: bool = ...,
+    unroll: int | bool = ...,
+    has_aux: Literal[False] = ...,
+) -> Float[Array, ""]: ...
+@overload
+def residuum_loss(
+    stepper: Callable[[Any], Any],
+    data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
+    residuum_fn: Callable[[Any, Any], Any],
+    *,
+    num_rollout_steps: int = ...,
+    cuts: Cuts = ...,
+    weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
+    time_level_loss: Callable[[Any], Any] = ...,
+    checkpoint: bool = ...,
+    unroll: int | bool = ...,
+    has_aux: Literal[True],
+) -> tuple[Float[Array, ""], Rollout]: ...
+def residuum_loss(
+    stepper: Callable[[Any], Any],
+    data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
+    residuum_fn: Callable[[Any, Any], Any],
     *,
     num_rollout_steps: int = 1,
     cuts: Cuts = Cuts(),
     weights: Real[ArrayLike, "{num_rollout_steps}"] | Sequence[Any] | None = None,
-    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = mse,
+    time_level_loss: Callable[[Any], Any] = mse,
     checkpoint: bool = False,
     unroll: int | bool = 1,
     has_aux: bool = False,
 ) -> Float[Array, ""] | tuple[Float[Array, ""], Rollout]:
     """Loss of an autoregressive rollout, measured by the residuum between its states.
 
-        u⁰ = data[:, 0],   uᵗ⁺¹ = stepper(uᵗ)
+        u⁰ = data[:, 0],   uᵗ⁺¹ = stepper(uᵗ),   t = 0, …, num_rollout_steps - 1
 
         L = Σₜ weights[t] · mean_batch time_level_loss(residuum_fn(uᵗ⁺¹, uᵗ))
 
-    for `t = 0, …, num_rollout_steps - 1`. `stepper`, `residuum_fn` and `time_level_loss`
-    are called on one sample, without a batch axis, and must be pure. Gradients flow to
-    whatever they close over, to `data` and to `weights`. Several devices: a `jax.shard_map`
-    with `check_vma=True` should begin with `jax.lax.pcast` of the parameters to varying, or
-    a truncated rollout takes the memory of all its steps; other ways need nothing.
-
-    The configuration `Residuum` of trainax (https://github.com/Ceyron/trainax) is the
-    reference; its taxonomy is due to Koehler et al., "APEBench: A Benchmark for
-    Autoregressive Neural Emulators of PDEs" (https://arxiv.org/abs/2411.00180).
+    `stepper`, `residuum_fn` and `time_level_loss` are called on one sample, without a batch
+    axis, and must be pure. Gradients flow to whatever they close over, to `data` and to
+    `weights`. The reference is the configuration `Residuum` of trainax
+    (https://github.com/Ceyron/trainax), whose taxonomy is due to Koehler et al., "APEBench: A
+    Benchmark for Autoregressive Neural Emulators of PDEs" (https://arxiv.org/abs/2411.00180).
 
     **Arguments:**
 
@@ -127,17 +155,19 @@ def residuum_loss(
     - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
         Note the order: next first.
     - `num_rollout_steps`: static number of autoregressive steps, at least 1.
-    - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps the
-        gradient takes the memory of `k` steps, however long the rollout.
-    - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` is all ones.
+    - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps the gradient
+        takes the memory of `k` steps, however long the rollout; so do forward over reverse
+        derivatives, but not reverse over reverse ones. Inside a `jax.shard_map` with
+        `check_vma=True` the parameters need a `jax.lax.pcast` to varying for it.
+    - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` is all ones. A
+        weight of 0 does not keep an infinite loss out, since 0 · ∞ is not a number.
     - `time_level_loss`: `residuum -> real scalar`.
     - `checkpoint`: rematerialise each time step in the backward pass. Stores one state per
         step instead of its activations, for about one more forward pass of run time.
     - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at
-        all. Compile time grows with it, and is otherwise independent of the number of
-        steps. On a CPU, XLA runs a convolution in a loop slower than outside
-        (https://github.com/jax-ml/jax/issues/12868), which is what `True` is for. A single
-        step is never a loop.
+        all, as a single step never is one. Compile time grows with it and with nothing else.
+        It is for a CPU, where XLA runs a convolution in a loop slower than outside
+        (https://github.com/jax-ml/jax/issues/12868).
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
@@ -148,55 +178,80 @@ def residuum_loss(
 
     **Raises:**
 
-    `TypeError` or `ValueError` at trace time, naming the argument. What your functions
-    raise passes through, with a note that says which one it was and what it was called with.
+    `TypeError` or `ValueError` at trace time, naming the argument. What your functions raise
+    passes through, with notes: which one it was, called with what, and how `data` was read.
     """
-    _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux)
+    for name, flag in {"checkpoint": checkpoint, "has_aux": has_aux}.items():
+        _require(isinstance(flag, bool), TypeError, f"{name} must be a static bool", flag)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    steps_per_iteration = _check_unroll(unroll, num_steps)
+    unroll = {True: num_steps, False: 1}[unroll] if isinstance(unroll, bool) else unroll
+    unroll = _check_int("unroll", unroll)
     constant_cuts, masks, segment_length = _check_cuts(cuts, num_steps)
-    level_weights = _check_weights(weights, num_steps)
-    u_0 = _check_data(data)
-    u_0 = _check_functions(stepper, residuum_fn, time_level_loss, u_0)
+    weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
+    real = [jnp.floating, jnp.integer, jnp.bool]
+    level_weights = _check_levels("weights", weights, "a real array", real, num_steps)
+    u_0, structure, how_data_was_read = _check_data(data)
+    checked = partial(_checked, how_data_was_read)
+    stepper = checked("stepper", stepper, "u_prev")
+    residuum_fn = checked("residuum_fn", residuum_fn, "u_next", "u_prev")
+    time_level_loss = checked("time_level_loss", time_level_loss, "residuum")
 
-    def time_step(u_prev, mask):
+    # A state is the list of its leaves: it is a tree for the user's functions alone.
+    tree: Any = partial(jax.tree.unflatten, structure)
+
+    def advance(u_prev: State) -> State:
+        return [jnp.asarray(leaf) for leaf in jax.tree.leaves(stepper(tree(u_prev)))]
+
+    def time_step(u_prev: State, mask: dict[str, Any]) -> tuple[State, Any]:
         bptt, prev, next = constant_cuts._replace(**mask)
-        u_next = jax.vmap(stepper)(u_prev)
-        residuum = jax.vmap(residuum_fn)(_cut(u_next, next), _cut(u_prev, prev))
-        loss = jnp.mean(_at_least_float32(jax.vmap(time_level_loss)(residuum)))
-        return _cut(u_next, bptt), loss
+        u_next = advance(u_prev)
+        residuum = residuum_fn(tree(_cut(u_next, next)), tree(_cut(u_prev, prev)))
+        return _cut(u_next, bptt), time_level_loss(residuum)
 
-    streamed = segment_length < num_steps
-    if checkpoint and not (streamed and segment_length == 1):
+    def batch_step(u_prev: State, mask: dict[str, Any]) -> tuple[State, Array]:
+        u_next, losses = jax.vmap(time_step, in_axes=(0, None))(u_prev, mask)
+        return u_next, jnp.mean(_at_least_float32(losses))
+
+    u_1 = jax.eval_shape(jax.vmap(advance), u_0)
+    while [x.dtype for x in u_0] != [x.dtype for x in u_1]:
+        u_0 = _cast(u_0, u_1)
+        u_1 = jax.eval_shape(jax.vmap(advance), u_0)
+    step, closed_over, (_, loss) = _hoist(batch_step, u_0, {k: m[0] for k, m in masks.items()})
+    levels = {"weights": level_weights.astype(loss.dtype), **masks}
+    if checkpoint and (segment_length > 1 or num_steps == 1):
         # In a loop XLA cannot undo rematerialisation; straight code must be protected.
-        straight = steps_per_iteration >= segment_length
-        time_step = jax.checkpoint(time_step, prevent_cse=straight)
-
-    levels = (level_weights, masks)
-    step, closed_over = _hoist(time_step, u_0, _first(masks))
-    if streamed:
-        loss, aux = _streamed_rollout(
-            step, closed_over, u_0, levels, num_steps, segment_length, steps_per_iteration
-        )
-    else:
-        step = partial(step, closed_over)
-        loss, aux = _rollout(step, u_0, levels, num_steps, steps_per_iteration)
-    return (loss, Rollout(*jax.lax.stop_gradient(aux))) if has_aux else loss
+        step = jax.checkpoint(step, prevent_cse=unroll >= segment_length)
+    rollout = partial(_rollout, step, unroll)
+    if segment_length < num_steps:
+        segments_per_iteration = max(unroll // segment_length, 1)
+        rollout = partial(_streamed_rollout, rollout, segment_length, segments_per_iteration)
+    loss, (losses, u) = rollout(closed_over, u_0, levels)
+    losses, u = jax.lax.stop_gradient((losses, u))
+    return (loss, Rollout(losses, tree(u))) if has_aux else loss
 
 
 #
 # The rollout: a loop over time steps
 #
+# `step` is a pure function `(closed_over, u, mask) -> (u, loss)`: `closed_over` are the
+# arrays that the user's functions close over, `u` is a state, the list of its leaves
+# `[batch, ...]`. `levels` are the weights, in the dtype of the loss, and the masks by name,
+# each `[num_steps]`.
+#
+
+State = list[Array]
+Levels = dict[str, Array]
+LossAndAux = tuple[Array, tuple[Array, State]]
 
 
-def _rollout(time_step, u, levels, num_steps, unroll):
+def _rollout(step: Any, unroll: int, closed_over: Any, u: State, levels: Levels) -> LossAndAux:
     """Returns the weighted sum of the losses; and the losses, and the final state."""
-    weights, masks = levels
-    u, losses = _scan(time_step, u, masks, num_steps, unroll)
-    return jnp.sum(weights.astype(losses.dtype) * losses), (losses, u)
+    masks = {name: x for name, x in levels.items() if name != "weights"}
+    u, losses = _scan(partial(step, closed_over), u, masks, len(levels["weights"]), unroll)
+    return jnp.sum(levels["weights"] * losses), (losses, u)
 
 
-def _scan(step, carry, xs, length, unroll):
+def _scan(step: Any, carry: Any, xs: Any, length: int, unroll: int) -> tuple[Any, Any]:
     """`jax.lax.scan`, but straight code where one iteration does it all."""
     if unroll < length:
         return jax.lax.scan(step, carry, xs, length, unroll=unroll)
@@ -207,54 +262,56 @@ def _scan(step, carry, xs, length, unroll):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
-def _first(masks):
-    return jax.tree.map(itemgetter(0), masks)
-
-
-def _cut(u, where):
+def _cut(u: State, where: Any) -> State:
     """Stops the gradient where `where` is true; selects only if that is not static."""
-    if where is False:
-        return u
-    if where is True:
-        return jax.lax.stop_gradient(u)
-    select = partial(jnp.where, where)
-    return jax.tree.map(lambda x: select(jax.lax.stop_gradient(x), x), u)
+    if isinstance(where, bool):
+        return jax.lax.stop_gradient(u) if where else u
+    return [jnp.where(where, jax.lax.stop_gradient(x), x) for x in u]
 
 
-def _hoist(f, *args):
-    """Returns `g` and `closed_over` such that `g(closed_over, *args)` is `f(*args)`.
+def _cast(leaves: list[Array], like: list[Any]) -> list[Array]:
+    pairs = zip(leaves, like, strict=True)
+    return [x if x.dtype == y.dtype else x.astype(y.dtype) for x, y in pairs]
+
+
+def _at_least_float32(x: Array) -> Array:
+    is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
+    return x if is_wide else x.astype(jnp.float32)
+
+
+def _hoist(f: Any, *args: Any) -> tuple[Any, list[Array], Any]:
+    """Returns `g`, `closed_over` with `g(closed_over, *args) = f(*args)`, and its shape.
 
     So what the user's functions close over, first of all the parameters, becomes data: an
     array of half precision in float32, in which its gradient is then accumulated over the
     time levels. `jax.closure_convert` would miss integers and keys.
     """
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+    if hasattr(jax, "Ref") and any(isinstance(x, jax.Ref) for x in jaxpr.consts):
+        raise TypeError("A jax.Ref cannot be closed over. Read it before: value = ref[...].")
     constants = [jnp.asarray(x) for x in jaxpr.consts]
-    is_half = lambda x: jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize < 4
+    is_float: Any = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    closed_over = [_at_least_float32(x) if is_float(x) else x for x in constants]
 
-    def run(closed_over, *leaves):
-        pairs = zip(closed_over, constants, strict=True)
-        narrow = [x.astype(c.dtype) if is_half(c) else x for x, c in pairs]
-        return jax.core.eval_jaxpr(jaxpr.jaxpr, narrow, *leaves)
+    def run(closed_over: list[Array], *leaves: Array) -> Any:
+        return eval_jaxpr(jaxpr.jaxpr, _cast(closed_over, constants), *leaves)
 
     # Traced once more, since the constants may be tracers, and `g` must not hold on to them.
-    closed_over = [x.astype(jnp.float32) if is_half(x) else x for x in constants]
     program = jax.make_jaxpr(run)(closed_over, *jax.tree.leaves(args))
 
-    def g(closed_over, *args):
-        leaves = jax.tree.leaves((closed_over, args))
-        leaves = jax.core.eval_jaxpr(program.jaxpr, program.consts, *leaves)
+    def g(*args: Any) -> Any:
+        leaves = eval_jaxpr(program.jaxpr, program.consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
-    return g, closed_over
+    return g, closed_over, shape
 
 
 #
 # The streaming gradient of a truncated rollout
 #
-# Static cuts divide the rollout into segments of `k` steps, and no gradient crosses from
-# one segment into another. Differentiating a loop over all of them would nevertheless store
-# every activation on the way: it runs forward to the end before it runs backward.
+# Static cuts divide the rollout into segments of `k` steps, and no gradient crosses from one
+# into another. Differentiating a loop over all of them would nevertheless store every
+# activation on the way: it runs forward to the end before it runs backward.
 #
 # But the loss is a scalar, the sum of the losses of the segments, and so its gradient is the
 # sum of their gradients, which can be accumulated while the rollout advances: take value and
@@ -262,157 +319,124 @@ def _hoist(f, *args):
 # ordinary backpropagation in another order, and nothing is kept but the running sum and one
 # segment's activations.
 #
-# A `jax.custom_jvp` rule makes that sum the derivative of the rollout: the tangent of the
-# loss is the inner product of the accumulated gradient and the tangents of the inputs. It is
-# linear in the tangents, so JAX transposes it for reverse mode. It consists of operations
-# that JAX can differentiate, so derivatives of any order are exact. And it does not run
-# where only the value is asked for.
+# A `jax.custom_jvp` rule makes that sum the derivative of the rollout. It is linear in the
+# tangents, so JAX transposes it for reverse mode; it is made of operations that JAX can
+# differentiate, so derivatives of any order are exact; and where only the value is asked for
+# it does not run. Reverse mode over it, though, stores every step of the loop below, and so
+# does a gradient with respect to what does not vary over the mesh of a `jax.shard_map` with
+# `check_vma=True`.
 #
-# Cost: memory for the gradient of one segment and one copy of what it is taken with respect
-# to, whatever the number of steps; the run time of ordinary backpropagation. The exception
-# is a `jax.shard_map` with `check_vma=True`, and a gradient with respect to what does not
-# vary over its mesh: there the loop is differentiated as a whole. `jax.lax.pcast` helps.
+# `segment(closed_over, u, levels)` is the `_rollout` of one segment. `variables` is what the
+# gradient is taken with respect to, `(closed_over, u)` with `None` for each constant.
 #
 
 
-def _streamed_rollout(step, closed_over, u_0, levels, num_steps, k, unroll):
-    """`_rollout` with the main chain cut after every `k`-th step."""
-
-    def advance(variables, num_steps, closed_over, carry, levels):
-        """Moves on by one segment: the state, the sum of the losses, that of the gradients."""
-        u, sums = carry
-        constants = (closed_over, u)
-
-        def segment(variables):
-            closed_over, u = _combine(variables, constants)
-            return _rollout(partial(step, closed_over), u, levels, num_steps, unroll)
-
-        value_and_grad = jax.value_and_grad(segment, has_aux=True)
-        (loss, (losses, u)), (grads, u_grads) = value_and_grad(variables)
-        # Cut the state here, too: derivatives of higher order differentiate this code.
-        return (_cut(u, True), jax.tree.map(jnp.add, sums, (loss, grads))), (losses, u_grads)
-
-    def value_and_grad(variables, closed_over, u, levels):
-        """Value of the rollout, and its gradient with respect to `variables`: the pair
-        `(closed_over, u)` with `None` for every leaf that is held constant."""
-        closed_variables, u_variables = variables
-        # The initial condition gets its gradient from the first segment, which shares the
-        # loop of the others if that is not wanted. The last segment may be shorter.
-        num_first = 1 if jax.tree.leaves(u_variables) else 0
-        num_whole, remainder = divmod(num_steps - num_first * k, k)
-        # `zeros_like` knows the mesh of explicit sharding; a scalar of `zeros` is on none.
-        _, level_loss = jax.eval_shape(step, closed_over, u, _first(levels[1]))
-        zeros = jax.tree.map(jnp.zeros_like, (level_loss, closed_variables))
-        carry = _vary((u, zeros), _varying_axes((closed_over, u)))
-        start, losses, u_grads = 0, [], []
-        for num_segments, length, with_respect_to in (
-            (num_first, k, variables),
-            (num_whole, k, (closed_variables, None)),
-            (min(remainder, 1), remainder, (closed_variables, None)),
-        ):
-            if num_segments == 0:
-                continue
-            segment = partial(advance, with_respect_to, length, closed_over)
-            chunk = _chunk(levels, start, num_segments, length)
-            carry, ys = _scan(segment, carry, chunk, num_segments, max(unroll // k, 1))
-            losses.append(ys[0].reshape(-1))
-            u_grads.append(ys[1])
-            start += num_segments * length
-        u, (loss, grads) = carry
-        u_grads = jax.tree.map(itemgetter(0), u_grads[0])
-        return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
-
-    def rollout(closed_over, u_0, levels):
-        value, _ = value_and_grad((None, None), closed_over, u_0, levels)
-        return value
-
-    def rollout_jvp(primals, tangents):
-        primals = jax.tree.map(jnp.asarray, primals)  # of Python scalars, too
-        is_zero = lambda tangent: isinstance(tangent, SymbolicZero)
-        variables = jax.tree.map(lambda x, dot: None if is_zero(dot) else x, primals, tangents)
-        tangents = jax.tree.map(lambda dot: None if is_zero(dot) else dot, tangents)
-        axes = _varying_axes(primals)
-        if any(_varying_axes(x) != axes for x in jax.tree.leaves(variables)):
-            # The gradient with respect to what does not vary over an axis of a `shard_map`
-            # is a sum over that axis; a tangent of the local loss cannot be made from it.
-            f = lambda variables: rollout(*_combine(variables, primals))
-            return jax.jvp(f, (variables,), (tangents,))
-        (loss, aux), grads = value_and_grad(variables[:2], *primals)
-        closed_over_dot, u_0_dot, (weights_dot, _) = tangents
-        # The loss is linear in the weights; what it multiplies them by is the losses.
-        gradient = (*grads, None if weights_dot is None else aux[0])
-        tangent = (closed_over_dot, u_0_dot, weights_dot)
-        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
-        loss_dot = reduce(jnp.add, [_inner_product(*pair, loss.dtype) for pair in pairs])
-        # Nothing else has a tangent: zeros, or for integers what JAX has in their place.
-        _, aux_dot = jax.jvp(lambda _: aux, (0.0,), (0.0,))
-        return (loss, aux), (loss_dot, aux_dot)
-
-    streamed_rollout = jax.custom_jvp(rollout)
-    streamed_rollout.defjvp(rollout_jvp, symbolic_zeros=True)
-    return streamed_rollout(closed_over, u_0, levels)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _streamed_rollout(
+    segment: Any, k: int, unroll: int, closed_over: list[Array], u_0: State, levels: Levels
+) -> LossAndAux:
+    """`segment` over all time levels, with the main chain cut after every `k`-th step."""
+    constants = jax.tree.map(lambda _: None, (closed_over, u_0))
+    return _value_and_grad(segment, k, unroll, constants, closed_over, u_0, levels)[0]
 
 
-def _chunk(levels, start, num_segments, length):
-    """The levels of some segments from level `start` on, `[num_segments, length]`."""
-    stop = start + num_segments * length
-    return jax.tree.map(lambda x: x[start:stop].reshape(num_segments, length), levels)
-
-
-def _varying_axes(tree):
-    """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
-
-    def axes(leaf):
-        aval: Any = getattr(leaf, "aval", None)
-        if hasattr(aval, "manual_axis_type"):  # from JAX 0.10 on
-            return aval.manual_axis_type.varying
-        return getattr(aval, "vma", frozenset())
-
-    return frozenset().union(*map(axes, jax.tree.leaves(tree)))
-
-
-def _vary(tree, axes):
-    """Makes all leaves vary over `axes`. A loop may not change what its carry varies over."""
-
-    def vary(x):
-        missing = tuple(axes - _varying_axes(x))
-        if not missing:
-            return x
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(x, missing, to="varying")
-        return jax.lax.pvary(x, missing)  # type: ignore[attr-defined]  # before JAX 0.8
-
-    return jax.tree.map(vary, tree)
-
-
-def _combine(variables, constants):
-    """`variables`, with the leaves of `constants` where they are `None`."""
-    is_none = lambda x: x is None
-    pick = lambda variable, constant: constant if variable is None else variable
-    return jax.tree.map(pick, variables, constants, is_leaf=is_none)
-
-
-def _inner_product(gradient, tangent, dtype):
+def _streamed_rollout_jvp(
+    segment: Any, k: int, unroll: int, primals: Any, tangents: Any
+) -> tuple[LossAndAux, Any]:
+    """The loss changes by `<gradient, tangents>`; what else is returned has no gradient."""
+    tangents = jax.tree.map(lambda x: None if isinstance(x, SymbolicZero) else x, tangents)
+    variables = jax.tree.map(lambda x, dot: None if dot is None else x, primals, tangents)
+    axes = _varying_axes(primals)
+    if any(_varying_axes(x) != axes for x in jax.tree.leaves(variables)):
+        # The gradient with respect to what does not vary over an axis of a `shard_map`
+        # is a sum over that axis; a tangent of the local loss cannot be made from it.
+        rollout = partial(_streamed_rollout.fun, segment, k, unroll)
+        return jax.jvp(lambda x: rollout(*_combine(x, primals)), (variables,), (tangents,))
+    (loss, aux), grads = _value_and_grad(segment, k, unroll, variables[:2], *primals)
+    # The loss is linear in the weights; what it multiplies them by is the losses.
+    weights_grad = jax.tree.map(lambda _: aux[0], variables[2]["weights"])
+    tangents = (*tangents[:2], tangents[2]["weights"])
+    pairs = zip(jax.tree.leaves((*grads, weights_grad)), jax.tree.leaves(tangents), strict=True)
     # A gradient of a complex input is the conjugate of the mathematician's, so this is not
     # `vdot`; and `dot` would lose precision on an accelerator.
-    return jnp.sum(gradient * tangent.astype(gradient.dtype)).real.astype(dtype)
+    products = [jnp.sum(grad * dot.astype(grad.dtype)).real for grad, dot in pairs]
+    loss_dot = reduce(jnp.add, [product.astype(loss.dtype) for product in products])
+    # Zeros, or for integers what JAX has in their place.
+    _, aux_dot = jax.jvp(lambda _: aux, (0.0,), (0.0,))
+    return (loss, aux), (loss_dot, aux_dot)
 
 
-#
-# Precision: half precision is accumulated in float32
-#
+_streamed_rollout.defjvp(_streamed_rollout_jvp, symbolic_zeros=True)
 
 
-def _at_least_float32(x):
-    is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
-    return x if is_wide else x.astype(jnp.float32)
+def _value_and_grad(
+    segment: Any, k: int, unroll: int, variables: Any, closed_over: Any, u: Any, levels: Levels
+) -> tuple[LossAndAux, Any]:
+    """`_streamed_rollout`, and its gradient with respect to `variables`.
+
+    The initial condition gets its gradient from the first segment, which shares the loop of
+    the others if that is not wanted. The last segment may be shorter.
+    """
+    num_steps = len(levels["weights"])
+    closed_variables, u_grads = variables
+    first = k if jax.tree.leaves(u_grads) else 0
+    last = num_steps - (num_steps - first) % k
+    vary = partial(_vary, _varying_axes((closed_over, u)))
+    sums = jax.tree.map(jnp.zeros_like, (levels["weights"][0], closed_variables))
+    carry = jax.tree.map(vary, (u, sums))
+    losses = []
+    for start, stop in pairwise(sorted({0, first, last, num_steps})):
+        num_segments = max((stop - start) // k, 1)
+        chunk = {name: x[start:stop].reshape(num_segments, -1) for name, x in levels.items()}
+        with_respect_to = variables if start < first else (closed_variables, [None] * len(u))
+        advance = partial(_advance, segment, with_respect_to, closed_over)
+        carry, ys = _scan(advance, carry, chunk, num_segments, unroll)
+        losses.append(ys[0].reshape(-1))
+        if start < first:
+            u_grads = jax.tree.map(itemgetter(0), ys[1])
+    u, (loss, grads) = carry
+    return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
 
 
-def _abs_squared(r):
-    """`|r|²`, which unlike `abs(r)**2` is differentiable where `r` is 0."""
-    if jnp.iscomplexobj(r):
-        return _abs_squared(r.real) + _abs_squared(r.imag)
-    return jnp.square(_at_least_float32(r))
+def _advance(
+    segment: Any, variables: Any, closed_over: Any, carry: Any, levels: Levels
+) -> tuple[Any, Any]:
+    """Moves on by one segment: the state, the sum of the losses, that of the gradients."""
+    u, sums = carry
+    # Where this loop stands in a loop of the user's, JAX moves out of that one what does not
+    # depend on the state, and would store it for each time level: a cotangent, which begins
+    # with the weights and is as large as the residuum. So make the weights depend on the
+    # state, by adding nothing of it. (`optimization_barrier` has no `vmap` in early JAX.)
+    nothing = [jnp.any(x != x)[None][:0] for x in u if jnp.issubdtype(x.dtype, jnp.inexact)]
+    add = lambda level: reduce(jnp.add, [x.sum().astype(level.dtype) for x in nothing], level)
+    levels = jax.tree.map(add, levels)
+    f = lambda variables: segment(*_combine(variables, (closed_over, u)), levels)
+    (loss, (losses, u_next)), (grads, u_grads) = jax.value_and_grad(f, has_aux=True)(variables)
+    # Cut the state here, too: derivatives of higher order differentiate this code.
+    return (_cut(u_next, True), jax.tree.map(jnp.add, sums, (loss, grads))), (losses, u_grads)
+
+
+def _combine(variables: Any, constants: Any) -> Any:
+    """`variables`, with the arrays of `constants` where they are `None`."""
+    pick = lambda x, constant: constant if x is None else x
+    return jax.tree.map(pick, variables, constants, is_leaf=lambda x: x is None)
+
+
+def _varying_axes(tree: Any) -> frozenset[Any]:
+    """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
+    avals: list[Any] = [getattr(x, "aval", None) for x in jax.tree.leaves(tree)]
+    types = [getattr(aval, "manual_axis_type", aval) for aval in avals]  # from JAX 0.10 on
+    return frozenset().union(*[getattr(t, "varying", getattr(t, "vma", ())) for t in types])
+
+
+def _vary(axes: frozenset[Any], x: Array) -> Any:
+    """Makes `x` vary over `axes`. A loop may not change what its carry varies over."""
+    missing = tuple(axes - _varying_axes(x))
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, missing, to="varying")
+    return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009  # before JAX 0.8
 
 
 #
@@ -423,187 +447,154 @@ def _abs_squared(r):
 #
 
 
-def _check_types(stepper, residuum_fn, time_level_loss, checkpoint, has_aux):
-    functions = dict(stepper=stepper, residuum_fn=residuum_fn, time_level_loss=time_level_loss)
-    for name, function in functions.items():
-        if not callable(function):
-            raise TypeError(f"{name} must be callable, got {_describe(function)}.")
-    for name, flag in dict(checkpoint=checkpoint, has_aux=has_aux).items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a static bool, got {_describe(flag)}.")
+def _require(condition: bool, error: Any, expected: str, got: Any) -> None:
+    if not condition:
+        is_jitted = isinstance(got, Tracer) and "static" in expected
+        hint = " It is traced: close over it, or make it static in jax.jit." * is_jitted
+        raise error(f"{expected}, got {_describe(got)}.{hint}")
 
 
-def _check_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a static int, got {_describe(value)}.")
-    if not 1 <= int(value) < 2**31:
-        raise ValueError(f"{name} must be at least 1 and below 2**31, got {value}.")
+def _check_int(name: str, value: Any) -> int:
+    is_int = isinstance(value, Integral) and not isinstance(value, bool)
+    _require(is_int, TypeError, f"{name} must be a static int", value)
+    in_range = 1 <= int(value) < 2**31
+    _require(in_range, ValueError, f"{name} must be at least 1 and below 2**31", value)
     return int(value)
 
 
-def _check_unroll(unroll, num_steps):
-    if isinstance(unroll, bool):
-        return num_steps if unroll else 1
-    return _check_int("unroll", unroll)
-
-
-def _check_cuts(cuts, num_steps):
+def _check_cuts(cuts: Any, num_steps: int) -> tuple[Cuts, Levels, int]:
     """Returns the cuts that are the same at all time levels, the masks `[num_steps]` by
     field, and the number of steps between static cuts of the main chain."""
-    if not isinstance(cuts, Cuts):
-        raise TypeError(f"cuts must be a Cuts(bptt, prev, next), got {_describe(cuts)}.")
-    constant, masks, segment_length = Cuts(), {}, num_steps
+    _require(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
+    constants, segment_length, masks = cuts._replace(bptt=False), num_steps, dict[str, Array]()
     for field, cut in cuts._asdict().items():
-        name, main_chain = f"cuts.{field}", field == "bptt"
-        if main_chain and isinstance(cut, Integral):
-            if cut is not False:
-                segment_length = 1 if cut is True else _check_int(name, cut)
-        elif isinstance(cut, bool):
-            constant = constant._replace(**{field: cut})
-        elif not _is_array(cut) or _kind(cut.dtype) != jnp.bool:
-            expected = "a bool, a static int" if main_chain else "a bool"
-            raise TypeError(f"{name} must be {expected} or a bool array, got {_describe(cut)}.")
-        elif cut.shape == () and not main_chain:
-            constant = constant._replace(**{field: cut})
-        elif cut.shape == (num_steps,):
-            masks[field] = jnp.asarray(cut)
-        else:
-            expected = f"[num_rollout_steps] = [{num_steps}]"
-            raise ValueError(
-                f"{name} must be of shape {expected if main_chain else '[] or ' + expected}"
-                f", got {_describe(cut)}."
-            )
-    return constant, masks, segment_length
+        name, is_chain = f"cuts.{field}", field == "bptt"
+        if is_chain and cut is True:
+            segment_length = 1
+        elif is_chain and isinstance(cut, Integral) and not isinstance(cut, bool):
+            segment_length = _check_int(name, cut)
+        elif not isinstance(cut, bool):
+            kind = f"a bool{', a static int' * is_chain} or a bool array"
+            mask = _check_levels(name, cut, kind, [jnp.bool], num_steps, or_scalar=not is_chain)
+            constants = constants._replace(**{field: mask})
+            if mask.shape:
+                masks[field] = mask
+    return constants, masks, segment_length
 
 
-def _check_weights(weights, num_steps):
-    if weights is None:
-        # As an array like any other. JAX moves what depends on constants alone out of the
-        # loop over segments, and would then store it for each step of one.
-        return jnp.ones(num_steps, jnp.float32)
-    try:
-        array = jnp.asarray(weights)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"weights must be an array, got {_describe(weights)}.") from None
-    if _kind(array.dtype) not in (jnp.floating, jnp.integer, jnp.bool):
-        raise TypeError(f"weights must be real, got {_describe(array)}.")
-    if array.shape != (num_steps,):
-        raise ValueError(
-            f"weights must be of shape [num_rollout_steps] = [{num_steps}], "
-            f"got {_describe(array)}."
-        )
+def _check_levels(
+    name: str, x: Any, kind: str, kinds: list[Any], num_steps: int, or_scalar: bool = False
+) -> Any:
+    array: Any = None
+    with suppress(TypeError, ValueError, OverflowError):
+        array = jnp.asarray(x)  # of a list, too
+    shape = f"{'[] or ' * or_scalar}[num_rollout_steps] = [{num_steps}]"
+    expected = f"{name} must be {kind} of shape {shape}"
+    _require(_kind(array) in kinds, TypeError, expected, x)
+    fits = array.shape == (num_steps,) or (or_scalar and array.shape == ())
+    _require(fits, ValueError, expected, array)
     return array
 
 
-def _check_data(data):
-    """Returns snapshot 0."""
-    leaves = jax.tree_util.tree_leaves_with_path(data)
-    if not leaves:
-        raise ValueError(f"data must hold at least one array, got {_describe(data)}.")
-    shape = None
-    for path, leaf in leaves:
-        name = f"data{jax.tree_util.keystr(path)}"
-        if not _is_array(leaf):
-            raise TypeError(f"{name} must be an array, got {_describe(leaf)}.")
-        if len(leaf.shape) < 2 or 0 in leaf.shape[:2]:
-            raise ValueError(
-                f"{name} must be of shape [batch, num_snapshots, ...], both at least 1, "
-                f"got {_describe(leaf)}."
-            )
-        shape = leaf.shape[:2] if shape is None else shape
-        if leaf.shape[:2] != shape:
-            raise ValueError(
-                f"{name} must agree with the other leaves on [batch, num_snapshots] = "
-                f"{list(shape)}, got {_describe(leaf)}."
-            )
-    return jax.tree.map(_first_snapshot, data)
-
-
-def _first_snapshot(leaf):
-    leaf = jnp.asarray(leaf)
+def _check_data(data: Any) -> tuple[State, Any, str]:
+    """Returns snapshot 0, the structure of a state, and how the data was read."""
+    leaves = _leaves("data", data)
+    _require(len(leaves) > 0, ValueError, "data must hold at least one array", data)
+    for name, x in leaves:
+        _require(_kind(x) is not None, TypeError, f"{name} must be an array", x)
+    hint = ""
+    if type(data) in (list, tuple) and len({x.shape for _, x in leaves}) == 1 < len(leaves):
+        hint = " (data is a list of fields; of samples make one array, by jnp.stack)"
+    shape = leaves[0][1].shape[:2]
+    for name, x in leaves:
+        is_batched = len(x.shape) >= 2 and 0 not in x.shape[:2]
+        expected = f"{name} must be of shape [batch, num_snapshots, ...], both at least 1"
+        _require(is_batched, ValueError, expected + hint, x)
+        expected = f"{name} must agree with the other leaves on [batch, num_snapshots]"
+        _require(x.shape[:2] == shape, ValueError, f"{expected} = {list(shape)}", x)
     # Naming the dtype makes a weakly typed array strong, as the stepper's output is.
-    leaf = jnp.asarray(leaf, dtype=leaf.dtype)
-    return jax.lax.index_in_dim(leaf, 0, axis=1, keepdims=False)
+    arrays = [jnp.asarray(x, dtype=x.dtype) for x in (jnp.asarray(x) for _, x in leaves)]
+    u_0 = [jax.lax.index_in_dim(x, 0, axis=1, keepdims=False) for x in arrays]
+    sample = _describe_leaves([(name.removeprefix("data"), x) for name, x in leaves], skip=2)
+    read = f"data: batch {shape[0]}, num_snapshots {shape[1]}, one sample {sample}{hint}."
+    return u_0, jax.tree.structure(data), read
 
 
-def _check_functions(stepper, residuum_fn, time_level_loss, u_0):
-    """Returns `u_0` in the dtypes of the states that `stepper` makes."""
-    u_1 = _check_call("stepper", stepper, u_0)
-    structures: list[Any] = [jax.tree.structure(u) for u in (u_0, u_1)]
-    if structures[0] != structures[1]:
-        raise TypeError(
-            "stepper must return a state of the structure of its input, "
-            f"{structures[0]}, got {structures[1]}."
-        )
-    same_dtype = jax.tree_util.tree_map_with_path(_check_next_leaf, u_0, u_1)
-    if not all(jax.tree.leaves(same_dtype)):
-        u_0 = jax.tree.map(lambda prev, next: prev.astype(next.dtype), u_0, u_1)
-        return _check_functions(stepper, residuum_fn, time_level_loss, u_0)
+def _checked(how_data_was_read: str, name: str, function: Any, *names: str) -> Any:
+    """One of the user's functions, with its result checked and notes on what it raises."""
+    _require(callable(function), TypeError, f"{name} must be callable", function)
 
-    residuum = _check_call("residuum_fn", residuum_fn, u_1, u_0)
-    if not jax.tree.leaves(residuum):
-        raise TypeError(f"residuum_fn must return at least one array, got {residuum!r}.")
-    loss = _check_call("time_level_loss", time_level_loss, residuum)
-    is_scalar = isinstance(loss, jax.ShapeDtypeStruct) and loss.ndim == 1
-    if not is_scalar or _kind(loss.dtype) not in (jnp.floating, jnp.integer):
-        got = jax.tree.map(_describe_sample, loss)
-        raise TypeError(f"time_level_loss must return a real scalar, got {got}.")
-    return u_0
-
-
-def _check_call(name, function, *batched_args):
-    """Returns the shapes of what one of the user's functions makes of a batch."""
-
-    def checked(*args):
-        result = function(*args)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(result):
-            if not (_is_array(leaf) or isinstance(leaf, (bool, int, float, complex))):
-                where = f" at {jax.tree_util.keystr(path)}" if path else ""
-                raise TypeError(f"{name} must return arrays, got {_describe(leaf)}{where}.")
+    def checked(*args: Any) -> Any:
+        try:
+            result = function(*args)
+            _check_result(name, result, *args)
+        except Exception as error:
+            leaves = [leaf for pair in zip(names, args, strict=True) for leaf in _leaves(*pair)]
+            called = f"{name}({_describe_leaves(leaves)})"
+            error.add_note(f"Raised when {name} was called on one sample: {called}.")
+            if "axis name" in str(error) or "TraceContextError" in type(error).__name__:
+                hint = "merge an NNX module inside of the loss, and see 'Batch statistics'"
+                error.add_note(f"It is called under jax.vmap: {hint} in the documentation.")
+            error.add_note(how_data_was_read)
+            raise
         return result
 
-    try:
-        return jax.eval_shape(jax.vmap(checked), *batched_args)
-    except Exception as error:
-        args = ", ".join(str(jax.tree.map(_describe_sample, arg)) for arg in batched_args)
-        error.add_note(f"Raised when {name} was called on one sample: {name}({args}).")
-        raise
+    return checked
 
 
-def _check_next_leaf(path, prev, next):
-    same_dtype = prev.dtype == next.dtype
-    wider = _kind(prev.dtype) == _kind(next.dtype) and (
-        next.dtype.itemsize > prev.dtype.itemsize
-    )
-    if prev.shape != next.shape or not (same_dtype or wider):
-        raise TypeError(
-            "stepper must return a state of the shapes and dtypes of its input: "
-            f"u_prev{jax.tree_util.keystr(path)} is {_describe_sample(prev)}, "
-            f"u_next{jax.tree_util.keystr(path)} is {_describe_sample(next)}."
-        )
-    return same_dtype
+def _check_result(name: str, result: Any, *args: Any) -> None:
+    leaves = _leaves("", result)
+    for path, x in leaves:
+        fits = isinstance(x, (bool, int, float, complex)) or _kind(x) is not None
+        _require(fits, TypeError, f"{name} must return arrays{' at ' * bool(path)}{path}", x)
+    if name == "stepper":
+        _check_next(result, *args)
+    elif name == "residuum_fn":
+        _require(len(leaves) > 0, TypeError, f"{name} must return at least one array", result)
+    else:
+        is_scalar = [(path, jnp.shape(x)) for path, x in leaves] == [("", ())]
+        if not is_scalar or _kind(jnp.asarray(result)) not in (jnp.floating, jnp.integer):
+            got = _describe_leaves(leaves)
+            raise TypeError(f"{name} must return a real scalar, got {got}.")
 
 
-def _is_array(x):
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        return False
-    try:
-        return _kind(x.dtype) is not None
-    except TypeError:  # the dtype of another library
-        return False
+def _check_next(u_next: Any, u_prev: Any) -> None:
+    structures: list[Any] = [jax.tree.structure(u) for u in (u_prev, u_next)]
+    if structures[0] != structures[1]:
+        what = "the next state only, and that" if type(u_next) is tuple else "a state"
+        expected = f"stepper must return {what} of the structure of its input"
+        raise TypeError(f"{expected}, {structures[0]}, got {structures[1]}.")
+    u_next = map(jnp.asarray, jax.tree.leaves(u_next))
+    for (path, prev), next in zip(_leaves("", u_prev), u_next, strict=True):
+        is_wider = next.dtype.itemsize > prev.dtype.itemsize and _kind(next) == _kind(prev)
+        if prev.shape != next.shape or not (prev.dtype == next.dtype or is_wider):
+            raise TypeError(
+                "stepper must return a state of the shapes and dtypes of its input: "
+                f"u_prev{path} is {_describe(prev)}, u_next{path} is {_describe(next)}."
+            )
 
 
-def _kind(dtype):
+def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
+
+
+def _kind(x: Any) -> Any:
+    """What kind of array `x` is, `None` if it is none."""
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool, jax.dtypes.prng_key)
-    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), None)
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        return None
+    with suppress(TypeError):  # the dtype of another library
+        return next((kind for kind in kinds if jnp.issubdtype(x.dtype, kind)), None)
+    return None
 
 
-def _describe(x):
-    if _is_array(x):
-        traced = "traced " if isinstance(x, Tracer) else ""
-        return f"{traced}{x.dtype}{list(x.shape)}"
+def _describe(x: Any, skip: int = 0) -> str:
+    if _kind(x) is not None:
+        return f"{x.dtype}{list(x.shape[skip:])}"
     return f"{reprlib.repr(x)} of type {type(x).__name__}"
 
 
-def _describe_sample(x):
-    return f"{x.dtype}{list(x.shape[1:])}"
+def _describe_leaves(leaves: list[tuple[str, Any]], skip: int = 0) -> str:
+    described = [f"{name} {_describe(x, skip)}".strip() for name, x in leaves]
+    return ", ".join(described[:8] + ["..."] * (len(described) > 8))

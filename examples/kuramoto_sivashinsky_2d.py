@@ -166,16 +166,17 @@ def memory(stepper, **options):
     return analysis.temp_size_in_bytes / 1e6
 
 
-def print_memory(stepper, k, lengths):
-    """With and without truncation and rematerialisation, by rollout length."""
+def print_memory(stepper, k, lengths, *, quick):
+    """With and without truncation and rematerialisation, by rollout length. If it has to be
+    quick only with both, since each entry is a program to compile."""
     columns = "".join(f"{f'{n} steps':>12}" for n in lengths)
     print(f"\n{'memory of one gradient':<32}{columns}")
-    for cuts in (Cuts(), Cuts(bptt=k)):
-        for checkpoint in (False, True):
-            options = dict(cuts=cuts, checkpoint=checkpoint)
-            row = [memory(stepper, num_rollout_steps=n, **options) for n in lengths]
-            name = f"bptt={cuts.bptt}, checkpoint={checkpoint}"
-            print(f"{name:<32}" + "".join(f"{megabytes:>9.1f} MB" for megabytes in row))
+    cases = [(Cuts(), False), (Cuts(), True), (Cuts(bptt=k), False), (Cuts(bptt=k), True)]
+    for cuts, checkpoint in cases[-1:] if quick else cases:
+        options = dict(cuts=cuts, checkpoint=checkpoint)
+        row = [memory(stepper, num_rollout_steps=n, **options) for n in lengths]
+        name = f"bptt={cuts.bptt}, checkpoint={checkpoint}"
+        print(f"{name:<32}" + "".join(f"{megabytes:>9.1f} MB" for megabytes in row))
 
 
 def rollout(stepper, states, num_steps):
@@ -243,7 +244,7 @@ def main():
     model_key, train_key, test_key = jax.random.split(jax.random.key(args.seed), 3)
     stepper = ConvNet(key=model_key)
     lengths = (args.rollout_steps,) if args.quick else (args.rollout_steps, 100)
-    print_memory(stepper, args.bptt, lengths)
+    print_memory(stepper, args.bptt, lengths, quick=args.quick)
     options = dict(
         num_rollout_steps=args.rollout_steps,
         cuts=Cuts(bptt=args.bptt),

@@ -1,0 +1,64 @@
+"""What several rooms share, besides the oracle and the problem of test_residuum.py."""
+
+import contextlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+# First of all, since it tells JAX what the tests need, before any computation.
+import test_residuum  # noqa: F401
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def config(name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def vary(tree, axis="batch"):
+    """Inside a `jax.shard_map`: the same, but typed as different on each device."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
+    return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)  # before JAX 0.8
+
+
+def primitives(jaxpr):
+    """Names of all primitives in a jaxpr, those of inner jaxprs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def network_problem(name):
+    """Params, data and a stepper `(params, u) -> u_next` in float32."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    if name == "mlp":
+        shapes, num_points = [(64, 64), (64, 64)], 64
+        layer = lambda u, w: w @ u
+    else:
+        shapes, num_points = [(8, 1, 5), (8, 8, 5), (1, 8, 5)], 64
+        layer = lambda u, w: jax.lax.conv_general_dilated(u[None], w, (1,), "SAME")[0]
+    params = [jax.random.normal(k, s, jnp.float32) / 8 for k, s in zip(keys, shapes)]  # noqa: B905
+    state_shape = (num_points,) if name == "mlp" else (1, num_points)
+    data = jax.random.normal(keys[-1], (8, 1, *state_shape), jnp.float32)
+
+    def stepper(params, u):
+        hidden = u
+        for w in params:
+            hidden = jnp.tanh(layer(hidden, w))
+        return u + hidden
+
+    return params, data, stepper

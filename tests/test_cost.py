@@ -1,0 +1,193 @@
+"""The cost, as far as it is deterministic: loops where they save compile time and none where
+they cost run time, what JAX traces, what the compiler allocates."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trainax
+from common import network_problem, primitives
+
+from residuum import Cuts, residuum_loss
+from test_residuum import also_slow, evaluate, FLAGS, problem
+
+
+def program(num_rollout_steps, transform=jax.value_and_grad, **options):
+    """Primitives of the loss and its gradient."""
+    params, data, _, coefficient = problem(num_rollout_steps)
+
+    def loss(params):
+        args = (params, data, None, coefficient)
+        options_ = dict(num_rollout_steps=num_rollout_steps, **options)
+        return evaluate(residuum_loss, *args, **options_)
+
+    return list(primitives(jax.make_jaxpr(transform(loss))(params).jaxpr))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"has_aux": True}], ids=str)
+def test_one_step_is_not_a_loop(options):
+    transform = functools.partial(jax.grad, has_aux=options.get("has_aux", False))
+    names = program(1, transform, **options)
+    assert "dot_general" in names
+    assert not {"scan", "while"} & set(names)
+
+
+@pytest.mark.parametrize("bptt", [False, True, 2, 3, 9])
+def test_unroll_true_leaves_no_loop(bptt):
+    names = program(7, cuts=Cuts(bptt), unroll=True)
+    assert not {"scan", "while"} & set(names)
+    assert "scan" in program(7, cuts=Cuts(bptt), unroll=1)
+
+
+@pytest.mark.parametrize("cut", FLAGS)
+@pytest.mark.parametrize("bptt", [False, True, 2])
+def test_static_cuts_leave_no_selection(bptt, cut):
+    assert "select_n" not in program(6, cuts=Cuts(bptt, cut, cut))
+    assert "select_n" in program(6, cuts=Cuts(bptt, np.array(cut), cut))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": 3}], ids=str)
+@pytest.mark.parametrize("bptt", [False, True, 5])
+def test_program_size_does_not_grow_with_the_rollout(bptt, options):
+    short, long = (
+        len(program(num_steps, cuts=Cuts(bptt), **options)) for num_steps in (30, 300)
+    )
+    assert short == long
+
+
+@pytest.mark.parametrize("unroll", [1, True])
+def test_checkpoint_computes_twice_only_what_would_be_stored(unroll):
+    def count(bptt, checkpoint):
+        options = dict(cuts=Cuts(bptt), checkpoint=checkpoint, unroll=unroll)
+        return program(6, **options).count("tanh")
+
+    for bptt in (False, 2):
+        assert count(bptt, True) == 2 * count(bptt, False)
+    # The backward pass of a segment of one step follows at once.
+    for bptt in (1, True):
+        assert count(bptt, True) == count(bptt, False)
+
+
+def test_rematerialisation_is_protected_from_xla_only_where_there_is_no_loop():
+    params, data, _, coefficient = problem(6)
+
+    def loss(params, unroll):
+        options = dict(num_rollout_steps=6, checkpoint=True, unroll=unroll)
+        return evaluate(residuum_loss, params, data, None, coefficient, **options)
+
+    for unroll in (1, True):
+        text = str(jax.make_jaxpr(jax.grad(functools.partial(loss, unroll=unroll)))(params))
+        assert set(re.findall(r"prevent_cse=(\w+)", text)) == {str(unroll is True)}
+
+
+def test_unroll_is_steps_per_iteration():
+    def count(unroll, bptt):
+        names = program(12, lambda f: f, cuts=Cuts(bptt), unroll=unroll)
+        return names.count("tanh")
+
+    assert [count(u, False) for u in (1, 12, True)] == [1, 12, 12]
+    assert [count(u, 3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
+
+
+def temporaries(name, num_rollout_steps, *, loss_fn=residuum_loss, wrt=0, **options):
+    """Bytes of temporary memory of the compiled value and gradient."""
+    params, data, stepper = network_problem(name)
+
+    def loss(params, data):
+        return loss_fn(
+            functools.partial(stepper, params),
+            data,
+            lambda n, p: n - p,
+            num_rollout_steps=num_rollout_steps,
+            **options,
+        )
+
+    compiled = jax.jit(jax.value_and_grad(loss, wrt)).lower(params, data).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def num_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"checkpoint": True}, {"unroll": 5}, {"wrt": 1}, {"wrt": (0, 1)}],
+    ids=str,
+)
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
+def test_memory_of_a_truncated_rollout_does_not_grow_with_its_length(name, bptt, options):
+    options = dict(cuts=Cuts(bptt, next=True), **options)
+    assert temporaries(name, 1000, **options) == temporaries(name, 20, **options)
+
+
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
+def test_memory_of_a_truncated_rollout_is_that_of_one_segment(name, bptt):
+    one_segment = temporaries(name, bptt)
+    params, _, _ = network_problem(name)
+    streamed = temporaries(name, 1000, cuts=Cuts(bptt))
+    assert streamed <= 1.5 * (one_segment + num_bytes(params))
+    # An ordinary scan needs this much for the states alone.
+    assert temporaries(name, 1000, cuts=Cuts(np.ones(1000, bool))) > 20 * streamed / bptt
+
+
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
+def test_checkpoint_stores_one_state_per_step_and_nothing_else(name):
+    _, data, _ = network_problem(name)
+    short, long = (temporaries(name, n, checkpoint=True) for n in (100, 1000))
+    assert long - short <= 1.01 * 900 * num_bytes(data)
+    stored = temporaries(name, 1000) - temporaries(name, 100)
+    assert stored > 1.9 * (long - short)
+
+
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
+def test_checkpoint_within_segments_stores_one_state_per_step_of_a_segment(name):
+    _, data, _ = network_problem(name)
+    short, long = (temporaries(name, 1000, cuts=Cuts(k), checkpoint=True) for k in (50, 100))
+    assert long - short <= 1.01 * 50 * num_bytes(data)
+
+
+@pytest.mark.parametrize("bptt", also_slow(2, slowly=[False, 1]))
+def test_unrolled_it_needs_no_more_memory_than_trainax(bptt):
+    def trainax_loss(stepper, data, residuum_fn, *, num_rollout_steps):
+        configuration = trainax.configuration.Residuum(
+            num_rollout_steps, cut_bptt=bptt is not False, cut_bptt_every=int(bptt) or 1
+        )
+        return configuration(stepper, data, residuum_fn=residuum_fn)
+
+    ours = temporaries("conv", 10, cuts=Cuts(bptt), unroll=True)
+    assert ours <= 1.05 * temporaries("conv", 10, loss_fn=trainax_loss)
+
+
+@pytest.mark.parametrize("bptt", [1, 3])
+def test_streaming_does_the_arithmetic_of_one_segment_per_segment(bptt):
+    names = program(30, cuts=Cuts(bptt))
+    one_segment = program(bptt)
+    for primitive in ("dot_general", "tanh"):
+        assert names.count(primitive) == one_segment.count(primitive)
+
+
+def test_nothing_of_the_gradient_is_computed_for_the_value():
+    forward = program(30, lambda f: f)
+    streamed = program(30, lambda f: f, cuts=Cuts(1))
+    for primitive in ("dot_general", "tanh"):
+        assert streamed.count(primitive) == forward.count(primitive) == 1
+
+
+def test_nothing_is_accumulated_for_constants():
+    big = jnp.ones((512, 512), jnp.float32)
+    data = jnp.ones((1, 1, 512), jnp.float32)
+
+    def loss(scale, big):
+        stepper = lambda u: jnp.tanh(scale * u)
+        residuum_fn = lambda n, p: big @ n - p
+        options = dict(num_rollout_steps=10, cuts=Cuts(1))
+        return residuum_loss(stepper, data, residuum_fn, **options)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.float32(1), big).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < big.nbytes / 2

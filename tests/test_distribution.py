@@ -1,0 +1,90 @@
+"""The module as a file that may be copied: what it imports and touches, its public names,
+and that its annotations are true."""
+
+import ast
+import importlib
+import subprocess
+import sys
+
+import jax
+import jaxtyping
+import pytest
+from common import ROOT
+
+import residuum
+from test_residuum import assert_close, evaluate, MASK, problem, textbook_loss, value_and_grad
+
+
+def test_annotations_hold_at_run_time():
+    original = sys.modules.pop("residuum")
+    try:
+        with jaxtyping.install_import_hook("residuum", "beartype.beartype"):
+            checked = importlib.import_module("residuum")
+    finally:
+        sys.modules["residuum"] = original
+
+    inputs = problem(3)
+
+    def values_and_grads(loss_fn, inputs):
+        for bptt, prev in ((False, False), (True, MASK[:3]), (2, True), (MASK[:3], False)):
+            cuts = checked.Cuts(bptt, prev, True)
+            yield value_and_grad(loss_fn, inputs, num_rollout_steps=3, cuts=cuts)
+
+    functions = (checked.residuum_loss, textbook_loss)
+    both = jax.jit(lambda inputs: [list(values_and_grads(f, inputs)) for f in functions])
+    assert_close(*both(inputs))
+    with pytest.raises(jaxtyping.TypeCheckError, match="weights"):
+        evaluate(checked.residuum_loss, *inputs, num_rollout_steps=4)
+
+
+def test_it_imports_jax_and_jaxtyping_only():
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "residuum.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"jax", "jaxtyping"}
+
+
+def test_importing_it_touches_no_network_no_file_and_no_environment():
+    program = """if True:
+        import collections, os, sys
+        import jax, jaxtyping
+        from jaxtyping import PyTree  # loaded lazily
+
+        touched = []
+
+        class Environment(collections.UserDict):
+            def __getitem__(self, name, default=None):
+                touched.append(("environment", name))
+                raise KeyError(name)
+
+            __contains__ = get = __getitem__
+
+        def audit(event, args):
+            is_module = event == "open" and "residuum" in os.path.basename(str(args[0]))
+            watched = ("open", "socket.", "subprocess.", "os.putenv", "os.system", "urllib.")
+            if event.startswith(watched) and not is_module:
+                touched.append((event, args))
+
+        sys.addaudithook(audit)
+        os.environ = Environment()
+        import residuum
+        assert touched == [], touched
+        for touch in (lambda: os.getenv("HOME"), lambda: open("/no/such/file")):
+            try:
+                touch()
+            except (KeyError, FileNotFoundError):
+                pass
+        assert len(touched) == 2, "this program notices nothing"
+    """
+    command = [sys.executable, "-B", "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names():
+    assert sorted(residuum.__all__) == ["Cuts", "Rollout", "mse", "residuum_loss"]
+    assert all(getattr(residuum, name).__doc__ for name in residuum.__all__)
+    assert f"## {residuum.__version__}" in (ROOT / "CHANGELOG.md").read_text()

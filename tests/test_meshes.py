@@ -1,0 +1,294 @@
+"""On many devices the loss and the gradient are those of one; and how much each device
+stores, and how often they talk, does not grow with the rollout."""
+
+import contextlib
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import network_problem, vary
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from residuum import Cuts, residuum_loss
+from test_residuum import also_slow, assert_close, evaluate, EXTRA, problem, slow, textbook_loss
+
+
+# With one accelerator, the CPU's virtual devices make up the mesh.
+MESH_DEVICES = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+
+# They exist before, but do not go through `vmap` of a loop.
+needs_explicit_axes = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="needs a newer JAX"
+)
+needs_shard_map = pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
+
+
+def make_mesh(axes=("batch",), *, explicit=False):
+    shape = (-1, *[2] * (len(axes) - 1))
+    devices = np.array(MESH_DEVICES).reshape(shape)
+    if explicit:
+        return Mesh(devices, axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes))
+    return Mesh(devices, axes)
+
+
+def shard(mesh, spec, tree):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+# k = 3 does not divide the number of steps
+BPTT = (False, 1, 2, 3)
+ROLLOUTS = [
+    dict(num_rollout_steps=4, cuts=Cuts(bptt), **extra)
+    for bptt, extra in [*itertools.product(BPTT, EXTRA[:2]), (3, EXTRA[2])]
+]
+FEW = [ROLLOUTS[i] for i in (1, 2, 7)]
+OTHERS = [options for options in ROLLOUTS if options not in FEW]
+several_rollouts = pytest.mark.parametrize(
+    "rollouts",
+    [pytest.param(FEW, id="few"), pytest.param(OTHERS, id="others", marks=slow)],
+)
+
+
+@functools.cache
+def mesh_problem():
+    """A loss `(loss_fn, options, params, data) -> scalar`, its inputs, and what to expect."""
+    params, data, weights, coefficient = problem(4, batch=2 * len(MESH_DEVICES))
+
+    def loss(loss_fn, options, params, data):
+        return evaluate(loss_fn, params, data, weights, coefficient, **options)
+
+    return loss, params, data, expectation(loss, params, data)
+
+
+def expectation(loss, *args):
+    """Value and gradient on one device, by cuts."""
+
+    def value_and_grad(cuts):
+        f = functools.partial(loss, textbook_loss, dict(num_rollout_steps=4, cuts=cuts))
+        return jax.value_and_grad(f, argnums=(0, 1))(*args)
+
+    return jax.jit(lambda: {bptt: value_and_grad(Cuts(bptt)) for bptt in BPTT})()
+
+
+def assert_as_on_one_device(actual, rollouts, expected):
+    for options, value_and_grad in zip(rollouts, actual, strict=True):
+        pair = jax.device_get((value_and_grad, expected[options["cuts"].bptt]))
+        assert_close(*pair, what=options)
+
+
+@pytest.mark.parametrize(
+    "explicit", [False, pytest.param(True, marks=needs_explicit_axes)], ids=str
+)
+@pytest.mark.parametrize("groups", also_slow(True, slowly=[False]))
+@several_rollouts
+def test_sharded_data_under_jit(rollouts, groups, explicit):
+    """Automatic and explicit axes. `groups`: one term of the loss for each device."""
+    loss, params, data, expected = mesh_problem()
+    losses = [functools.partial(loss, residuum_loss, options) for options in rollouts]
+    num_devices = len(MESH_DEVICES)
+    mesh = make_mesh(explicit=explicit)
+    split = lambda x: x.reshape(num_devices, -1, *x.shape[1:])
+    data = shard(mesh, P("batch"), jax.tree.map(split, data) if groups else data)
+    params = shard(mesh, P(), params)
+
+    def value_and_grad(loss, *args):
+        grouped = lambda params, data: jnp.mean(jax.vmap(loss, (None, 0))(params, data))
+        return jax.value_and_grad(grouped if groups else loss, argnums=(0, 1))(*args)
+
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        actual = jax.jit(lambda *x: [value_and_grad(loss, *x) for loss in losses])(params, data)
+    merge = lambda x: x.reshape(-1, *x.shape[2:])
+    if groups:
+        actual = [
+            (loss, (grad, jax.tree.map(merge, jax.device_get(data_grad))))
+            for loss, (grad, data_grad) in actual
+        ]
+    assert_as_on_one_device(actual, rollouts, expected)
+
+
+@needs_shard_map
+@pytest.mark.parametrize("check_vma", also_slow(True, slowly=[False]))
+@pytest.mark.parametrize("where", ["outside", "inside", "inside, varying parameters"])
+@several_rollouts
+def test_shard_map(rollouts, where, check_vma):
+    loss, params, data, expected = mesh_problem()
+    losses = [functools.partial(loss, residuum_loss, options) for options in rollouts]
+
+    def mean_loss(loss, params, data):
+        return jax.lax.pmean(loss(params, data), "batch")
+
+    def value_and_grad(loss, params, data):
+        if where == "inside" and check_vma:  # JAX sums over what params do not vary over
+            return jax.value_and_grad(functools.partial(mean_loss, loss))(params, data)
+        if check_vma:
+            params = vary(params)
+        value, grad = jax.value_and_grad(loss)(params, data)
+        return jax.lax.pmean((value, grad), "batch")
+
+    def mapped(f, loss):
+        return jax.shard_map(
+            functools.partial(f, loss),
+            mesh=make_mesh(),
+            in_specs=(P(), P("batch")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+
+    def all_values_and_grads(*args):
+        if where == "outside":
+            return [jax.value_and_grad(mapped(mean_loss, loss))(*args) for loss in losses]
+        return [mapped(value_and_grad, loss)(*args) for loss in losses]
+
+    actual = jax.jit(all_values_and_grads)(params, data)
+    expected = {bptt: (loss, grad) for bptt, (loss, (grad, _)) in expected.items()}
+    assert_as_on_one_device(actual, rollouts, expected)
+
+
+@several_rollouts
+def test_pmap(rollouts):
+    loss, params, data, expected = mesh_problem()
+    losses = [functools.partial(loss, residuum_loss, options) for options in rollouts]
+    num_devices = len(MESH_DEVICES)
+    data = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), data)
+
+    def value_and_grad(loss, params, data):
+        return jax.lax.pmean(jax.value_and_grad(loss)(params, data), "batch")
+
+    @functools.partial(jax.pmap, axis_name="batch", in_axes=(None, 0), devices=MESH_DEVICES)
+    def all_values_and_grads(params, data):
+        return [value_and_grad(loss, params, data) for loss in losses]
+
+    actual = jax.tree.map(lambda x: x[0], jax.device_get(all_values_and_grads(params, data)))
+    expected = {bptt: (loss, grad) for bptt, (loss, (grad, _)) in expected.items()}
+    assert_as_on_one_device(actual, rollouts, expected)
+
+
+@pytest.mark.parametrize("sharded", also_slow("parameters", slowly=["space"]))
+@several_rollouts
+def test_sharded_parameters_and_sharded_space(rollouts, sharded):
+    mesh = make_mesh(("batch", "model"))
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(8, 8))
+    data = rng.normal(size=(2 * len(MESH_DEVICES), 1, 8))
+
+    def loss(loss_fn, options, kernel, data):
+        def stepper(u):  # mixes all points, and neighbours
+            return jnp.tanh(kernel @ u) + jnp.roll(u, 1) / 2
+
+        return loss_fn(stepper, data, lambda n, p: n - jnp.roll(p, -1), **options)
+
+    def value_and_grad(options, *args):
+        f = functools.partial(loss, residuum_loss, options)
+        return jax.value_and_grad(f, argnums=(0, 1))(*args)
+
+    specs = {
+        "parameters": (P("model"), P("batch")),
+        "space": (P(), P("batch", None, "model")),
+    }[sharded]
+    args = [shard(mesh, spec, x) for spec, x in zip(specs, (kernel, data), strict=True)]
+    actual = jax.jit(lambda *x: [value_and_grad(options, *x) for options in rollouts])(*args)
+    assert_as_on_one_device(actual, rollouts, expectation(loss, kernel, data))
+
+
+@functools.cache
+def compiled_on_a_mesh(way, num_rollout_steps, cuts):
+    """The value and gradient of an MLP's loss, data parallel."""
+    params, _, stepper = network_problem("mlp")
+    num_devices = len(MESH_DEVICES)
+    explicit, groups = "explicit" in way, "groups" in way
+    mesh = make_mesh(explicit=explicit)
+    shape = (num_devices, 4, 1, 64) if groups else (4 * num_devices, 1, 64)
+    data = shard(mesh, P("batch"), jnp.ones(shape, jnp.float32))
+    params = shard(mesh, P(), params)
+
+    def loss(params, data):
+        return residuum_loss(
+            functools.partial(stepper, params),
+            data,
+            lambda n, p: n - p,
+            num_rollout_steps=num_rollout_steps,
+            cuts=cuts,
+        )
+
+    def grouped(params, data):
+        return jnp.mean(jax.vmap(loss, (None, 0))(params, data))
+
+    def mapped(params, data):
+        if way == "shard_map":
+            params = vary(params)
+        return jax.lax.pmean(loss(params, data), "batch")
+
+    if "shard_map" in way:
+        specs = dict(in_specs=(P(), P("batch")), out_specs=P())
+        specs["check_vma"] = "check_vma=False" not in way
+        f = jax.shard_map(mapped, mesh=mesh, **specs)
+    else:
+        f = grouped if groups else loss
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        return jax.jit(jax.value_and_grad(f)).lower(params, data).compile()
+
+
+MESH_WAYS = [
+    "automatic",
+    "automatic, groups",
+    pytest.param("explicit", marks=needs_explicit_axes),
+    pytest.param("explicit, groups", marks=needs_explicit_axes),
+    pytest.param("shard_map", marks=needs_shard_map),
+    pytest.param("shard_map, check_vma=False", marks=needs_shard_map),
+]
+
+
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("way", MESH_WAYS)
+def test_memory_per_device_does_not_grow_with_the_rollout(way, bptt):
+    short, long = (
+        compiled_on_a_mesh(way, n, Cuts(bptt)).memory_analysis().temp_size_in_bytes
+        for n in (20, 1000)
+    )
+    # Explicit axes keep the weights themselves in memory; a state is 1024 times larger.
+    assert long - short <= (980 * 4 if "explicit" in way else 0)
+
+
+def collectives(compiled):
+    """Numbers of collective operations in a program: once, and in loops."""
+    operation = (
+        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[a-z-]*\("
+    )
+    once, in_loops = 0, 0
+    for computation in re.split(r"\n(?=\S)", compiled.as_text()):
+        count = len(re.findall(operation, computation))
+        if computation.startswith("ENTRY"):
+            once += count
+        else:
+            in_loops += count
+    return once, in_loops
+
+
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("way", MESH_WAYS)
+def test_one_collective_at_the_end_instead_of_one_per_segment(way, bptt):
+    once, in_loops = collectives(compiled_on_a_mesh(way, 1000, Cuts(bptt)))
+    if "groups" in way or "shard_map" in way:
+        # At most the gradients of two layers and the loss; a newer XLA makes one of them.
+        assert 1 <= once <= 3
+        assert in_loops == 0
+    else:
+        # The compiler reduces each segment's gradient over the devices, as it does each step's
+        # in the backward pass of an ordinary scan. The documentation says how to avoid that.
+        assert in_loops > 0
+        assert collectives(compiled_on_a_mesh(way, 20, Cuts()))[1] > 0
+
+
+@needs_shard_map
+def test_without_pcast_a_shard_map_stores_and_sums_every_step():
+    """The exception, of which the documentation warns."""
+    short, long = (
+        compiled_on_a_mesh("shard_map, without pcast", n, Cuts(bptt=1)) for n in (20, 1000)
+    )
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (short, long)]
+    assert sizes[1] > 10 * sizes[0]
+    assert collectives(long)[1] > 0

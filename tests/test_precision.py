@@ -1,0 +1,200 @@
+"""Half precision is accumulated in float32, single precision stays, a wider format of the
+parameters promotes the state."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import config
+
+from residuum import Cuts, mse, residuum_loss
+from test_residuum import (
+    also_slow,
+    assert_close,
+    BPTT,
+    cuts_of,
+    problem,
+    rotation_loss,
+    rotation_problem,
+    SINGLE_TOLERANCE,
+    slow,
+    textbook_loss,
+    value_and_grad,
+)
+
+
+@pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_accumulates_in_float32(dtype, bptt):
+    factor, data = rotation_problem(dtype, batch=512)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt), has_aux=True)
+    f = functools.partial(rotation_loss, residuum_loss, **options)
+    (loss, rollout), grad = jax.jit(jax.value_and_grad(f, has_aux=True))(factor, data)
+    chex.assert_type([loss, rollout.time_level_losses], jnp.float32)
+    chex.assert_type([grad, rollout.final_state], dtype)
+
+    # The mean over 512 samples of the same half precision residua, in float64
+    factor, u, losses = np.asarray(factor), np.asarray(data[:, 0]), []
+    for _ in range(5):
+        u_next = u * factor / (1 + u * u)
+        entries = (u_next - np.roll(u, 1, axis=-1)).astype(np.float64)
+        losses.append(np.mean(entries**2))
+        u = u_next
+    # XLA may keep more precision between two operations than the format has, never less.
+    tolerance = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(loss, sum(losses), rtol=tolerance)
+
+
+def test_a_half_precision_time_level_loss_is_averaged_in_float32():
+    data = jnp.array([1, 1, 2], jnp.bfloat16)[:, None]  # bfloat16 has no number near 4 / 3
+    loss = residuum_loss(lambda u: 2 * u, data, lambda n, p: n - p, time_level_loss=lambda r: r)
+    assert_close(loss, jnp.float32(4 / 3), 1e-6)
+
+
+def half_precision_problem(dtype, num_rollout_steps):
+    """A rollout that neither dies out nor diverges; a loss `(loss_fn, params, data)`."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(0.7 / 4 * rng.normal(size=(16, 16)), dtype)
+    data = jnp.asarray(rng.normal(size=(4, 1, 16)), dtype)
+
+    def loss(loss_fn, kernel, data, **options):
+        half = jnp.asarray(0.5, kernel.dtype)
+        stepper = lambda u: jnp.tanh(kernel @ u) + half * u + half
+        options = dict(num_rollout_steps=num_rollout_steps, **options)
+        return loss_fn(stepper, data, lambda n, p: n - half * p, **options)
+
+    return loss, kernel, data
+
+
+def errors_in_half_precision(dtype, loss_fn, num_rollout_steps, **options):
+    """Relative errors of the loss and of its gradient, in units of the format's."""
+    loss, kernel, data = half_precision_problem(dtype, num_rollout_steps)
+    f = jax.value_and_grad(functools.partial(loss, loss_fn, **options))
+    actual = jax.jit(f)(kernel, data)
+    chex.assert_type(actual[1], dtype)
+    wide = (x.astype(jnp.float64) for x in (kernel, data))
+    f = functools.partial(loss, residuum_loss, cuts=options.get("cuts", Cuts(bptt=True)))
+    expected = jax.jit(jax.value_and_grad(f))(*wide)
+    return [
+        jnp.linalg.norm(x.astype(jnp.float64) - y) / jnp.linalg.norm(y) / jnp.finfo(dtype).eps
+        for x, y in zip(actual, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("bptt", also_slow("every", slowly=["none", "9", "mask"]))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_on_a_long_rollout(dtype, bptt):
+    cuts = Cuts(np.ones(200, bool) if bptt == "mask" else BPTT[bptt])
+    errors = errors_in_half_precision(dtype, residuum_loss, 200, cuts=cuts)
+    assert max(errors) < 8
+
+
+def scan_loss(stepper, data, residuum_fn, *, num_rollout_steps):
+    """Cut after every step, written by hand."""
+
+    def step(u_prev, _):
+        u_prev = jax.lax.stop_gradient(u_prev)
+        u_next = jax.vmap(stepper)(u_prev)
+        return u_next, mse(jax.vmap(residuum_fn)(u_next, u_prev))
+
+    return jnp.sum(jax.lax.scan(step, data[:, 0], length=num_rollout_steps)[1])
+
+
+@pytest.mark.parametrize("bptt", ["static", pytest.param("mask", marks=slow)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_thousand_segments_lose_no_small_contributions(dtype, bptt):
+    cuts = Cuts(True if bptt == "static" else np.ones(1000, bool))
+    _, error = errors_in_half_precision(dtype, residuum_loss, 1000, cuts=cuts)
+    assert error < 4
+    _, ordinary_error = errors_in_half_precision(dtype, scan_loss, 1000)
+    assert ordinary_error > 10 * error
+
+
+@pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
+def test_wider_parameters_promote_the_initial_condition(bptt):
+    factor, data = rotation_problem(jnp.float64)
+    narrow = data.astype(jnp.float32)
+    options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
+    f = jax.value_and_grad(functools.partial(rotation_loss, residuum_loss, **options), (0, 1))
+    loss, (grad, data_grad) = jax.jit(f)(factor, narrow)
+    expected = jax.jit(f)(factor, narrow.astype(jnp.float64))
+    assert_close((loss, grad), (expected[0], expected[1][0]))
+    assert_close(data_grad, expected[1][1].astype(jnp.float32), 1e-6)
+
+
+def test_weakly_typed_data_counts_as_what_it_is():
+    # Which `jnp.full` makes of a Python number; next to float32 its float64 would give way.
+    weak = jnp.full((2, 1, 3), 0.3)
+    assert weak.weak_type
+    strong = jnp.asarray(weak, weak.dtype)
+    kernel = jnp.arange(3, dtype=jnp.float32)
+
+    def f(data):
+        stepper = lambda u: jnp.sin(kernel * u)
+        return residuum_loss(stepper, data, lambda n, p: n - p, num_rollout_steps=3)
+
+    assert_close(jax.value_and_grad(f)(weak), jax.value_and_grad(f)(strong))
+
+
+def test_promotion_goes_on_until_the_dtypes_settle():
+    data = {"a": jnp.ones((2, 1, 3), jnp.float32), "b": jnp.ones((2, 1), jnp.float16)}
+
+    def stepper(u):  # b makes a wider in the first step, a makes b wider in the second
+        return {"a": u["a"] * jnp.float64(2), "b": u["b"] + u["a"][0]}
+
+    _, rollout = residuum_loss(
+        stepper, data, lambda n, p: n["b"] - p["b"], num_rollout_steps=3, has_aux=True
+    )
+    chex.assert_type(jax.tree.leaves(rollout), jnp.float64)
+
+
+def test_single_precision_without_x64():
+    with config("jax_enable_x64", False):
+        inputs = jax.tree.map(np.float32, jax.device_get(problem(5)))
+        actual, expected = (
+            jax.jit(functools.partial(value_and_grad, f, num_rollout_steps=5))(inputs)
+            for f in (residuum_loss, textbook_loss)
+        )
+        chex.assert_type(jax.tree.leaves(actual), jnp.float32)
+        assert_close(actual, expected, SINGLE_TOLERANCE)
+
+
+def test_weights_are_any_array_like_and_leave_the_dtype_of_the_loss_alone():
+    factor, data = rotation_problem(jnp.float32)
+    weights = [1, 0.5, jnp.float64(0.25)]
+    loss, half = (
+        rotation_loss(residuum_loss, factor, data, num_rollout_steps=3, weights=w)
+        for w in (weights, np.asarray(weights, np.float16))
+    )
+    assert_close(loss, half)
+    chex.assert_type(loss, jnp.float32)
+    for weights in (np.array([3, 0, 1], np.uint8), [True, False, True]):
+        loss, expected = (
+            rotation_loss(residuum_loss, factor, data, num_rollout_steps=3, weights=w)
+            for w in (weights, np.asarray(weights, float))
+        )
+        assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("bptt", ["none", "2"])
+def test_inputs_may_be_wider_and_narrower_than_the_loss(bptt):
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32)
+    inputs = jnp.asarray(rng.normal(size=3)), jnp.asarray([1.0, 0.5, 2.0], jnp.float16)
+
+    def value_and_grad(loss_fn, *inputs):
+        def loss(kernel, weights):
+            stepper = lambda u: jnp.sin(kernel.astype(u.dtype) * u)
+            options = dict(num_rollout_steps=3, cuts=cuts_of(3, bptt), weights=weights)
+            return loss_fn(stepper, data, lambda n, p: n - p, **options)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(*inputs)
+
+    expected = jax.jit(functools.partial(value_and_grad, textbook_loss))(*inputs)
+    with config("jax_numpy_dtype_promotion", "strict"):
+        actual = jax.jit(functools.partial(value_and_grad, residuum_loss))(*inputs)
+    assert_close(actual, expected, 2e-3)  # to the last digit of float16
+    assert_close(actual[1][0], expected[1][0], 1e-3)

@@ -1,0 +1,146 @@
+"""The streaming rule by itself, its parts one by one against ordinary differentiation.
+
+`_value_and_grad` and the derivative rule of `_streamed_rollout` are functions of arrays; here
+they meet the plain loop with a `stop_gradient` in it, on inputs made for the purpose.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import residuum
+from test_residuum import assert_close
+
+
+NUM_STEPS = 7
+
+
+def step(closed_over, u, mask):
+    """A time step of a batch: a state of a float, an integer and a complex array."""
+    w, shift = closed_over
+    x, count, z = u
+    x_next = jnp.tanh(x @ w + shift[count]) + z.real
+    z_next = z * jnp.exp(1j * x) / 2
+    loss = jnp.mean(jnp.where(mask["prev"], jax.lax.stop_gradient(x), x) * x_next**2)
+    return [x_next, count + 1, z_next], loss + jnp.mean(jnp.abs(z_next - 1) ** 2)
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    closed_over = [rng.normal(size=(3, 3)), rng.normal(size=NUM_STEPS + 1)]
+    z = rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3))
+    u = [rng.normal(size=(2, 3)), np.int32(0), z]
+    levels = {"weights": rng.normal(size=NUM_STEPS), "prev": np.arange(NUM_STEPS) % 3 == 0}
+    return jax.tree.map(jnp.asarray, (closed_over, u, levels))
+
+
+def plain_rollout(k, closed_over, u, levels):
+    """The rollout as a loop, with the state cut after every `k`-th step."""
+    loss, losses = 0.0, []
+    for t in range(NUM_STEPS):
+        u, level_loss = step(closed_over, u, {"prev": levels["prev"][t]})
+        u = jax.lax.stop_gradient(u) if (t + 1) % k == 0 else u
+        loss += levels["weights"][t] * level_loss
+        losses.append(level_loss)
+    return loss, (jnp.stack(losses), u)
+
+
+def segment(unroll):
+    return functools.partial(residuum._rollout, step, unroll)
+
+
+@pytest.mark.parametrize("unroll", [1, 2, NUM_STEPS])
+def test_a_rollout_is_the_loop(unroll):
+    args = inputs()
+    assert_close(segment(unroll)(*args), plain_rollout(NUM_STEPS + 1, *args))
+
+
+@pytest.mark.parametrize("wrt", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, NUM_STEPS - 1])
+def test_value_and_gradient_of_all_segments(k, wrt):
+    """With respect to the matrix, to x and to z, or not; and to no integer."""
+    closed_over, u, levels = inputs()
+    pick = lambda x, wanted: x if wanted else None
+    variables = (
+        [pick(closed_over[0], wrt[0]), None],
+        [pick(u[0], wrt[1]), None, pick(u[2], wrt[2])],
+    )
+
+    def loss(variables):
+        return plain_rollout(k, *residuum._combine(variables, (closed_over, u)), levels)
+
+    expected = jax.value_and_grad(loss, has_aux=True)(variables)
+    f = functools.partial(residuum._value_and_grad, segment(1), k, 1)
+    actual = jax.jit(f)(variables, closed_over, u, levels)
+    assert_close(actual, expected)
+
+
+def test_one_segment_moves_the_state_and_adds_to_the_sums():
+    closed_over, u, levels = inputs()
+    variables = closed_over, [None, None, None]
+    sums = jax.tree.map(lambda x: 1 + jnp.zeros_like(x), (levels["weights"][0], closed_over))
+    advance = functools.partial(residuum._advance, segment(1), variables, closed_over)
+    (u_next, (loss, grads)), (losses, u_grads) = advance((u, sums), levels)
+    loss_of = lambda closed_over: plain_rollout(NUM_STEPS + 1, closed_over, u, levels)
+    (expected, aux), expected_grads = jax.value_and_grad(loss_of, has_aux=True)(closed_over)
+    assert_close((loss, grads), (1 + expected, [1 + grad for grad in expected_grads]))
+    assert_close((losses, u_next), aux)
+    assert u_grads == [None, None, None]
+
+
+def test_the_state_after_a_segment_has_no_gradient():
+    """Or derivatives of second order would see through the cut."""
+    closed_over, u, levels = inputs()
+
+    def state(closed_over):
+        variables = [None, None], [None, None, None]
+        carry = u, (levels["weights"][0], [None, None])
+        (u_next, _), _ = residuum._advance(segment(1), variables, closed_over, carry, levels)
+        return jnp.sum(u_next[0])
+
+    grads = jax.grad(state)(closed_over)
+    assert_close(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+def differentiable(k, x, streamed):
+    """The loss as a function of the inputs that are not integers or bools."""
+    _, u, levels = inputs()
+    w, shift, u_0, z, weights = x
+    args = [w, shift], [u_0, u[1], z], levels | {"weights": weights}
+    if streamed:
+        return residuum._streamed_rollout(segment(1), k, 1, *args)
+    return plain_rollout(k, *args)
+
+
+def point():
+    closed_over, u, levels = inputs()
+    return [*closed_over, u[0], u[2], levels["weights"]]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_jvp_and_vjp_are_those_of_the_plain_rollout(k):
+    x, tangents = point(), [jnp.cos(x) for x in point()]
+    loss = lambda x, streamed: differentiable(k, x, streamed)[0]
+    for derivative in (
+        lambda streamed: jax.jvp(lambda x: loss(x, streamed), (x,), (tangents,)),
+        lambda streamed: jax.vjp(lambda x: loss(x, streamed), x)[1](1.5),
+        # second order: forward over reverse, reverse over reverse
+        lambda streamed: jax.jvp(jax.grad(lambda x: loss(x, streamed)), (x,), (tangents,)),
+        lambda streamed: jax.grad(
+            lambda x: sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.grad(loss)(x, streamed))
+        )(x),
+    ):
+        actual, expected = (jax.jit(functools.partial(derivative, s))() for s in (True, False))
+        assert_close(actual, expected)
+
+
+def test_what_else_is_returned_has_no_tangent():
+    x, tangents = point(), [jnp.cos(x) for x in point()]
+    _, (_, aux_dot) = jax.jvp(lambda x: differentiable(2, x, True), (x,), (tangents,))
+    floats = [x for x in jax.tree.leaves(aux_dot) if x.dtype != jax.dtypes.float0]
+    assert len(floats) == 3
+    assert_close(floats, [jnp.zeros_like(x) for x in floats])
