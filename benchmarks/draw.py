@@ -1,5 +1,5 @@
-"""Draws assets/rollout_cost.png from the CSV file of rollout_cost.py, and prints README's
-table.
+"""Draws assets/rollout_cost.png from the CSV file of rollout_cost.py, and prints the table of
+docs/cost.md.
 
     python benchmarks/draw.py
 """

@@ -179,6 +179,64 @@ def test_nothing_of_the_gradient_is_computed_for_the_value():
         assert streamed.count(primitive) == forward.count(primitive) == 1
 
 
+def outer_loop(name, f, chunks):
+    """The sum of `f` over chunks, by a loop of JAX."""
+    if name == "map":
+        return jnp.sum(jax.lax.map(f, chunks))
+    if name == "scan":
+        return jax.lax.scan(lambda total, x: (total + f(x), None), jnp.float32(0), chunks)[0]
+    return jax.lax.fori_loop(
+        0, len(chunks), lambda i, total: total + f(chunks[i]), jnp.float32(0)
+    )
+
+
+@pytest.mark.parametrize("prev", also_slow("mask", slowly=[False]))
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("name", also_slow("map", slowly=["scan", "fori_loop"]))
+def test_memory_inside_a_loop_that_is_differentiated_from_outside(name, bptt, prev):
+    """JAX moves out of the loop what depends on its constants alone: here the weights of the
+    time levels, but not the cotangents that begin with them."""
+    params, data, stepper = network_problem("mlp")
+    chunks = jnp.broadcast_to(data, (3, *data.shape))
+
+    def size(num_rollout_steps):
+        mask = np.arange(num_rollout_steps) % 2 == 0
+        options = dict(cuts=Cuts(bptt, prev=mask if prev else False))
+
+        def loss(params, data):
+            u_next = functools.partial(stepper, params)
+            options_ = dict(num_rollout_steps=num_rollout_steps, **options)
+            return residuum_loss(u_next, data, lambda n, p: n - p, **options_)
+
+        f = lambda params: outer_loop(name, functools.partial(loss, params), chunks)
+        compiled = jax.jit(jax.grad(f)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # The weights and masks themselves; a cotangent is 512 times as large.
+    assert size(220) - size(20) <= 2 * 200 * 4
+
+
+def test_memory_of_hessian_vector_products_forward_over_reverse():
+    def size(num_rollout_steps, outer):
+        params, data, stepper = network_problem("mlp")
+
+        def loss(params):
+            options = dict(num_rollout_steps=num_rollout_steps, cuts=Cuts(bptt=1))
+            u_next = functools.partial(stepper, params)
+            return residuum_loss(u_next, data, lambda n, p: n - p, **options)
+
+        grad = jax.grad(loss)
+        product = {
+            "forward": lambda v: jax.jvp(grad, (params,), (v,))[1],
+            "reverse": lambda v: jax.vjp(grad, params)[1](v)[0],
+        }[outer]
+        compiled = jax.jit(product).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert size(200, "forward") == size(20, "forward")
+    assert size(200, "reverse") > 2 * size(20, "reverse")  # the documentation warns of that
+
+
 def test_nothing_is_accumulated_for_constants():
     big = jnp.ones((512, 512), jnp.float32)
     data = jnp.ones((1, 1, 512), jnp.float32)

@@ -1,0 +1,192 @@
+"""What is said to somebody who slipped: the end of the message names the culprit.
+
+That each bad argument is named is in test_residuum.py; here is what comes with an error that
+is raised inside of the user's functions, and the slips that are common.
+"""
+
+import dataclasses
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from residuum import Cuts, residuum_loss
+from test_residuum import assert_close
+
+
+def difference(u_next, u_prev):
+    return u_next - u_prev
+
+
+def message(stepper, data, residuum_fn=difference, **options):
+    """All that is shown below the traceback."""
+    with pytest.raises((TypeError, ValueError, AssertionError, NameError)) as info:
+        jax.eval_shape(lambda: residuum_loss(stepper, data, residuum_fn, **options))
+    return "".join(traceback.format_exception_only(info.value)).split("-----")[0].strip()
+
+
+@pytest.mark.parametrize("bptt", [False, 1])
+@pytest.mark.parametrize(
+    "data, sample",
+    [
+        # A forgotten snapshot axis, and a forgotten batch axis.
+        (np.ones((16, 32), np.float32), "batch 16, num_snapshots 32, one sample float32[]"),
+        (np.ones((1, 16, 32)), "batch 1, num_snapshots 16, one sample float64[32]"),
+    ],
+)
+def test_an_error_in_a_function_ends_with_how_the_data_was_read(data, sample, bptt):
+    network = lambda u: np.ones((16, 16)) @ u
+    options = dict(num_rollout_steps=3, cuts=Cuts(bptt))
+    assert message(network, data, **options).endswith(f"data: {sample}.")
+
+
+def test_an_error_in_a_function_says_what_it_was_called_with():
+    def residuum_fn(u_next, u_prev):
+        return u_next["u"] @ u_prev["v"]
+
+    data = {"u": np.ones((4, 1, 3)), "v": np.ones((4, 1, 2), np.float32)}
+    called = (
+        "residuum_fn(u_next['u'] float64[3], u_next['v'] float32[2], "
+        "u_prev['u'] float64[3], u_prev['v'] float32[2])"
+    )
+    assert f"called on one sample: {called}." in message(lambda u: u, data, residuum_fn)
+
+
+def test_many_leaves_are_not_all_listed():
+    def stepper(u):
+        raise ValueError("no")
+
+    assert ", [7] float64[], ..." in message(stepper, [np.ones((2, 1))] * 99)
+
+
+def test_a_tuple_from_the_stepper():
+    data = np.ones((4, 1, 3))
+    assert "must return the next state only" in message(lambda u: (u, u.sum()), data)
+    # If the state is one, something else is wrong with it.
+    assert "next state only" not in message(lambda u: list(u), (data, data))
+
+
+@pytest.mark.parametrize("cuts", [Cuts(bptt=2), Cuts(bptt=True)])
+def test_cuts_as_an_argument_of_jit(cuts):
+    def loss(cuts):
+        data = jnp.ones((4, 1, 3))
+        return residuum_loss(lambda u: u, data, difference, num_rollout_steps=4, cuts=cuts)
+
+    with pytest.raises(
+        (TypeError, ValueError), match=r"cuts.bptt.*static.*close over it, or ma"
+    ):
+        jax.jit(loss)(cuts)
+    assert jax.jit(loss, static_argnums=0)(cuts) == 0.0
+
+
+def test_a_list_of_samples():
+    states = [np.ones(32)] * 16
+    assert "jnp.stack" in message(lambda u: u, states)
+    assert "jnp.stack" in message(lambda u: np.ones((32, 32)) @ u, [np.ones((1, 32))] * 16)
+    # Of fields it may be made, and if something else is wrong nothing is said of it.
+    fields = [np.ones((4, 1, 8)), np.ones((4, 1, 3))]
+    assert "jnp.stack" not in message(lambda u: 3, fields)
+
+
+class TraceContextError(Exception):
+    """As Flax NNX has one."""
+
+
+def test_what_a_vmap_forbids_names_the_way():
+    def unbound(u):
+        return u - jax.lax.pmean(u, "batch")
+
+    def changes_itself(u):
+        raise TraceContextError("Cannot mutate BatchStat from a different trace level")
+
+    assert "Batch statistics" in message(unbound, np.ones((4, 1, 3)))
+    with pytest.raises(TraceContextError) as info:
+        residuum_loss(changes_itself, np.ones((4, 1, 3)), difference)
+    assert any("Batch statistics" in note for note in info.value.__notes__)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="needs a newer JAX")
+@pytest.mark.parametrize("num_rollout_steps", [1, 3])
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_ref_cannot_be_closed_over(where, num_rollout_steps):
+    outside = jax.new_ref(jnp.arange(3.0))
+
+    def loss(x):
+        ref = jax.new_ref(jnp.arange(3.0)) if where == "inside" else outside
+        options = dict(num_rollout_steps=num_rollout_steps, cuts=Cuts(bptt=1))
+        return residuum_loss(
+            lambda u: x * u * ref[...], jnp.ones((2, 1, 3)), difference, **options
+        )
+
+    for f in (loss, jax.grad(loss), jax.jit(jax.grad(loss))):
+        with pytest.raises(TypeError, match=r"jax.Ref cannot be closed over.*ref\[\.\.\.\]"):
+            f(2.0)
+
+
+@jax.tree_util.register_pytree_node_class
+class Checked:
+    """A state that checks what it is made of."""
+
+    def __init__(self, u):
+        assert hasattr(u, "shape") and hasattr(u, "dtype")
+        self.u = u
+
+    def tree_flatten(self):
+        return (self.u,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@dataclasses.dataclass
+class CheckedDataclass:
+    u: jax.Array
+
+    def __post_init__(self):
+        assert jnp.issubdtype(self.u.dtype, jnp.floating) and self.u.ndim >= 1
+
+
+jax.tree_util.register_pytree_with_keys(
+    CheckedDataclass,
+    lambda x: (((jax.tree_util.GetAttrKey("u"), x.u),), None),
+    lambda _, children: CheckedDataclass(*children),
+)
+
+
+@pytest.mark.parametrize("node", [Checked, CheckedDataclass])
+@pytest.mark.parametrize("bptt", [False, 1, np.array([False, True, False])])
+def test_a_state_may_check_what_it_is_made_of(node, bptt):
+    """Only arrays are ever put into the user's nodes."""
+
+    def loss(x, wrap):
+        data = wrap(np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 1, 4))
+        unwrap = lambda state: state if wrap is jnp.asarray else state.u
+        stepper = lambda u: wrap(jnp.tanh(x * unwrap(u)))  # float64, so that u_0 is promoted
+        residuum_fn = lambda n, p: wrap(unwrap(n) - unwrap(p))
+        options = dict(num_rollout_steps=3, cuts=Cuts(bptt, prev=np.array(True)), has_aux=True)
+        loss, rollout = residuum_loss(stepper, data, residuum_fn, **options)
+        return loss, unwrap(rollout.final_state)
+
+    x = jnp.arange(1.0, 5.0)
+    derivatives = lambda wrap: jax.value_and_grad(loss, has_aux=True)(x, wrap)
+    assert_close(derivatives(node), derivatives(jnp.asarray))
+
+
+def test_functions_are_traced_from_python_twice_at_most():
+    calls = []
+
+    def stepper(u):
+        calls.append("stepper")
+        return u
+
+    def residuum_fn(u_next, u_prev):
+        calls.append("residuum_fn")
+        return u_next - u_prev
+
+    data = jnp.ones((2, 1, 3))
+    options = dict(num_rollout_steps=50, cuts=Cuts(bptt=5), checkpoint=True)
+    jax.jit(jax.grad(lambda d: residuum_loss(stepper, d, residuum_fn, **options)))(data)
+    assert (calls.count("stepper"), calls.count("residuum_fn")) == (2, 1)
