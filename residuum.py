@@ -48,14 +48,14 @@ class Cuts(NamedTuple):
     - `bptt`: cuts the main chain, i.e., truncates backpropagation through time. `False`
         keeps all of it. An int `k >= 1` cuts after every `k`-th step: the state made by
         step `t`, counted from 0, is cut where `(t + 1) % k == 0`. `True` is `1`. A bool
-        array `[num_rollout_steps]` cuts after step `t` where it is true.
+        array or list `[num_rollout_steps]` cuts after step `t` where it is true.
     - `prev`, `next`: cut that argument of `residuum_fn`. A bool, or a bool array `[]` or
-        `[num_rollout_steps]` that says so for each time level.
+        `[num_rollout_steps]`, or a list, that says so for each time level.
     """
 
-    bptt: bool | int | Bool[ArrayLike, " num_rollout_steps"] = False
-    prev: bool | Bool[ArrayLike, ""] | Bool[ArrayLike, " num_rollout_steps"] = False
-    next: bool | Bool[ArrayLike, ""] | Bool[ArrayLike, " num_rollout_steps"] = False
+    bptt: bool | int | Bool[ArrayLike, " num_rollout_steps"] | Sequence[bool] = False
+    prev: bool | Bool[ArrayLike, "*num_rollout_steps"] | Sequence[bool] = False
+    next: bool | Bool[ArrayLike, "*num_rollout_steps"] | Sequence[bool] = False
 
 
 class Rollout(NamedTuple):
@@ -95,41 +95,41 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
 
 @overload
 def residuum_loss(
-    stepper: Callable[[Any], Any],
+    stepper: Callable[[PyTree], PyTree],
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[Any, Any], Any],
+    residuum_fn: Callable[[PyTree, PyTree], PyTree],
     *,
     num_rollout_steps: int = ...,
     cuts: Cuts = ...,
     weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
-    time_level_loss: Callable[[Any], Any] = ...,
+    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = ...,
     checkpoint: bool = ...,
     unroll: int | bool = ...,
     has_aux: Literal[False] = ...,
 ) -> Float[Array, ""]: ...
 @overload
 def residuum_loss(
-    stepper: Callable[[Any], Any],
+    stepper: Callable[[PyTree], PyTree],
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[Any, Any], Any],
+    residuum_fn: Callable[[PyTree, PyTree], PyTree],
     *,
     num_rollout_steps: int = ...,
     cuts: Cuts = ...,
     weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
-    time_level_loss: Callable[[Any], Any] = ...,
+    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = ...,
     checkpoint: bool = ...,
     unroll: int | bool = ...,
     has_aux: Literal[True],
 ) -> tuple[Float[Array, ""], Rollout]: ...
 def residuum_loss(
-    stepper: Callable[[Any], Any],
+    stepper: Callable[[PyTree], PyTree],
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[Any, Any], Any],
+    residuum_fn: Callable[[PyTree, PyTree], PyTree],
     *,
     num_rollout_steps: int = 1,
     cuts: Cuts = Cuts(),
     weights: Real[ArrayLike, "{num_rollout_steps}"] | Sequence[Any] | None = None,
-    time_level_loss: Callable[[Any], Any] = mse,
+    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = mse,
     checkpoint: bool = False,
     unroll: int | bool = 1,
     has_aux: bool = False,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import residuum
-from test_residuum import assert_close
+from test_residuum import also_slow, assert_close
 
 
 NUM_STEPS = 7
@@ -53,14 +53,17 @@ def segment(unroll):
     return functools.partial(residuum._rollout, step, unroll)
 
 
-@pytest.mark.parametrize("unroll", [1, 2, NUM_STEPS])
+@pytest.mark.parametrize("unroll", [1, NUM_STEPS])
 def test_a_rollout_is_the_loop(unroll):
     args = inputs()
     assert_close(segment(unroll)(*args), plain_rollout(NUM_STEPS + 1, *args))
 
 
-@pytest.mark.parametrize("wrt", list(itertools.product([False, True], repeat=3)), ids=str)
-@pytest.mark.parametrize("k", [1, 2, 3, NUM_STEPS - 1])
+WRT = list(itertools.product([False, True], repeat=3))
+
+
+@pytest.mark.parametrize("wrt", also_slow(WRT[4], WRT[7], slowly=WRT[:4] + WRT[5:7]), ids=str)
+@pytest.mark.parametrize("k", also_slow(3, slowly=[1, 2, NUM_STEPS - 1]))
 def test_value_and_gradient_of_all_segments(k, wrt):
     """With respect to the matrix, to x and to z, or not; and to no integer."""
     closed_over, u, levels = inputs()
@@ -121,21 +124,21 @@ def point():
     return [*closed_over, u[0], u[2], levels["weights"]]
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", also_slow(3, slowly=[1]))
 def test_jvp_and_vjp_are_those_of_the_plain_rollout(k):
     x, tangents = point(), [jnp.cos(x) for x in point()]
-    loss = lambda x, streamed: differentiable(k, x, streamed)[0]
-    for derivative in (
-        lambda streamed: jax.jvp(lambda x: loss(x, streamed), (x,), (tangents,)),
-        lambda streamed: jax.vjp(lambda x: loss(x, streamed), x)[1](1.5),
-        # second order: forward over reverse, reverse over reverse
-        lambda streamed: jax.jvp(jax.grad(lambda x: loss(x, streamed)), (x,), (tangents,)),
-        lambda streamed: jax.grad(
-            lambda x: sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.grad(loss)(x, streamed))
-        )(x),
-    ):
-        actual, expected = (jax.jit(functools.partial(derivative, s))() for s in (True, False))
-        assert_close(actual, expected)
+
+    def derivatives(x, streamed):
+        loss = lambda x: differentiable(k, x, streamed)[0]
+        squared_norm = lambda x: sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.grad(loss)(x))
+        forward = jax.jvp(loss, (x,), (tangents,))
+        reverse = jax.vjp(loss, x)[1](1.5)
+        forward_over_reverse = jax.jvp(jax.grad(loss), (x,), (tangents,))
+        reverse_over_reverse = jax.grad(squared_norm)(x)
+        return forward, reverse, forward_over_reverse, reverse_over_reverse
+
+    actual, expected = (jax.jit(derivatives, static_argnums=1)(x, s) for s in (True, False))
+    assert_close(actual, expected)
 
 
 def test_what_else_is_returned_has_no_tangent():

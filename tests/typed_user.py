@@ -12,7 +12,8 @@ from residuum import Cuts, residuum_loss, Rollout
 def loss(data: jax.Array) -> jax.Array:
     stepper = lambda u_prev: 0.9 * u_prev
     residuum_fn = lambda u_next, u_prev: u_next - u_prev
-    value = residuum_loss(stepper, data, residuum_fn, cuts=Cuts(bptt=5), num_rollout_steps=10)
+    cuts = Cuts(bptt=5, prev=[True, False], next=jax.numpy.array(True))
+    value = residuum_loss(stepper, data, residuum_fn, num_rollout_steps=2, cuts=cuts)
     assert_type(value, jax.Array)
     pair = residuum_loss(stepper, data, residuum_fn, weights=[1.0], has_aux=True)
     assert_type(pair, tuple[jax.Array, Rollout])
