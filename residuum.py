@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, reduce
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Number
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, overload
 
@@ -184,9 +184,10 @@ def residuum_loss(
     for name, flag in {"checkpoint": checkpoint, "has_aux": has_aux}.items():
         _require(isinstance(flag, bool), TypeError, f"{name} must be a static bool", flag)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    unroll = {True: num_steps, False: 1}[unroll] if isinstance(unroll, bool) else unroll
+    if isinstance(unroll, bool):
+        unroll = num_steps if unroll else 1
     unroll = _check_int("unroll", unroll)
-    constant_cuts, masks, segment_length = _check_cuts(cuts, num_steps)
+    constant_cuts, masks, k = _check_cuts(cuts, num_steps)
     weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
     real = [jnp.floating, jnp.integer, jnp.bool]
     level_weights = _check_levels("weights", weights, "a real array", real, num_steps)
@@ -216,15 +217,14 @@ def residuum_loss(
     while [x.dtype for x in u_0] != [x.dtype for x in u_1]:
         u_0 = _cast(u_0, u_1)
         u_1 = jax.eval_shape(jax.vmap(advance), u_0)
-    step, closed_over, (_, loss) = _hoist(batch_step, u_0, {k: m[0] for k, m in masks.items()})
+    step, closed_over, (_, loss) = _hoist(batch_step, u_0, {f: x[0] for f, x in masks.items()})
     levels = {"weights": level_weights.astype(loss.dtype), **masks}
-    if checkpoint and (segment_length > 1 or num_steps == 1):
+    if checkpoint and (k > 1 or num_steps == 1):
         # In a loop XLA cannot undo rematerialisation; straight code must be protected.
-        step = jax.checkpoint(step, prevent_cse=unroll >= segment_length)
+        step = jax.checkpoint(step, prevent_cse=unroll >= k)
     rollout = partial(_rollout, step, unroll)
-    if segment_length < num_steps:
-        segments_per_iteration = max(unroll // segment_length, 1)
-        rollout = partial(_streamed_rollout, rollout, segment_length, segments_per_iteration)
+    if k < num_steps:
+        rollout = partial(_streamed_rollout, rollout, k, max(unroll // k, 1))
     loss, (losses, u) = rollout(closed_over, u_0, levels)
     losses, u = jax.lax.stop_gradient((losses, u))
     return (loss, Rollout(losses, tree(u))) if has_aux else loss
@@ -235,8 +235,7 @@ def residuum_loss(
 #
 # `step` is a pure function `(closed_over, u, mask) -> (u, loss)`: `closed_over` are the
 # arrays that the user's functions close over, `u` is a state, the list of its leaves
-# `[batch, ...]`. `levels` are the weights, in the dtype of the loss, and the masks by name,
-# each `[num_steps]`.
+# `[batch, ...]`. `levels` are weights, in the dtype of the loss, and masks, `[num_steps]`.
 #
 
 State = list[Array]
@@ -322,9 +321,8 @@ def _hoist(f: Any, *args: Any) -> tuple[Any, list[Array], Any]:
 # A `jax.custom_jvp` rule makes that sum the derivative of the rollout. It is linear in the
 # tangents, so JAX transposes it for reverse mode; it is made of operations that JAX can
 # differentiate, so derivatives of any order are exact; and where only the value is asked for
-# it does not run. Reverse mode over it, though, stores every step of the loop below, and so
-# does a gradient with respect to what does not vary over the mesh of a `jax.shard_map` with
-# `check_vma=True`.
+# it does not run. Reverse mode over it, though, stores every step of the loop below; so does
+# a gradient with respect to what does not vary over a `jax.shard_map` with `check_vma=True`.
 #
 # `segment(closed_over, u, levels)` is the `_rollout` of one segment. `variables` is what the
 # gradient is taken with respect to, `(closed_over, u)` with `None` for each constant.
@@ -442,16 +440,16 @@ def _vary(axes: frozenset[Any], x: Array) -> Any:
 #
 # Validation
 #
-# Everything that can be said before any computation, at trace time. A reader who trusts
-# the inputs can stop here.
+# All that can be said at trace time. A reader who trusts the inputs can stop here.
 #
 
 
 def _require(condition: bool, error: Any, expected: str, got: Any) -> None:
     if not condition:
-        is_jitted = isinstance(got, Tracer) and "static" in expected
-        hint = " It is traced: close over it, or make it static in jax.jit." * is_jitted
-        raise error(f"{expected}, got {_describe(got)}.{hint}")
+        message = f"{expected}, got {_describe(got)}."
+        if isinstance(got, Tracer) and "static" in expected:
+            message += " It is traced: close over it, or make it static in jax.jit."
+        raise error(message)
 
 
 def _check_int(name: str, value: Any) -> int:
@@ -463,8 +461,7 @@ def _check_int(name: str, value: Any) -> int:
 
 
 def _check_cuts(cuts: Any, num_steps: int) -> tuple[Cuts, Levels, int]:
-    """Returns the cuts that are the same at all time levels, the masks `[num_steps]` by
-    field, and the number of steps between static cuts of the main chain."""
+    """Returns the cuts of all levels alike, the masks, and the steps of a static segment."""
     _require(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
     constants, segment_length, masks = cuts._replace(bptt=False), num_steps, dict[str, Array]()
     for field, cut in cuts._asdict().items():
@@ -472,9 +469,9 @@ def _check_cuts(cuts: Any, num_steps: int) -> tuple[Cuts, Levels, int]:
         if is_chain and cut is True:
             segment_length = 1
         elif is_chain and isinstance(cut, Integral) and not isinstance(cut, bool):
-            segment_length = _check_int(name, cut)
+            segment_length = min(_check_int(name, cut), num_steps)
         elif not isinstance(cut, bool):
-            kind = f"a bool{', a static int' * is_chain} or a bool array"
+            kind = f"{'a static bool, a static int' if is_chain else 'a bool'} or a bool array"
             mask = _check_levels(name, cut, kind, [jnp.bool], num_steps, or_scalar=not is_chain)
             constants = constants._replace(**{field: mask})
             if mask.shape:
@@ -486,8 +483,9 @@ def _check_levels(
     name: str, x: Any, kind: str, kinds: list[Any], num_steps: int, or_scalar: bool = False
 ) -> Any:
     array: Any = None
-    with suppress(TypeError, ValueError, OverflowError):
-        array = jnp.asarray(x)  # of a list, too
+    if isinstance(x, (Sequence, Number)) or _kind(x) is not None:
+        with suppress(TypeError, ValueError, OverflowError):
+            array = jnp.asarray(x)
     shape = f"{'[] or ' * or_scalar}[num_rollout_steps] = [{num_steps}]"
     expected = f"{name} must be {kind} of shape {shape}"
     _require(_kind(array) in kinds, TypeError, expected, x)
@@ -533,7 +531,7 @@ def _checked(how_data_was_read: str, name: str, function: Any, *names: str) -> A
             called = f"{name}({_describe_leaves(leaves)})"
             error.add_note(f"Raised when {name} was called on one sample: {called}.")
             if "axis name" in str(error) or "TraceContextError" in type(error).__name__:
-                hint = "merge an NNX module inside of the loss, and see 'Batch statistics'"
+                hint = "for a batch's statistics, and for NNX modules, see 'Batch statistics'"
                 error.add_note(f"It is called under jax.vmap: {hint} in the documentation.")
             error.add_note(how_data_was_read)
             raise
@@ -546,7 +544,8 @@ def _check_result(name: str, result: Any, *args: Any) -> None:
     leaves = _leaves("", result)
     for path, x in leaves:
         fits = isinstance(x, (bool, int, float, complex)) or _kind(x) is not None
-        _require(fits, TypeError, f"{name} must return arrays{' at ' * bool(path)}{path}", x)
+        where = f" at {path}" if path else ""
+        _require(fits, TypeError, f"{name} must return arrays{where}", x)
     if name == "stepper":
         _check_next(result, *args)
     elif name == "residuum_fn":
@@ -582,7 +581,8 @@ def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
 def _kind(x: Any) -> Any:
     """What kind of array `x` is, `None` if it is none."""
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool, jax.dtypes.prng_key)
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    others = (jax.ShapeDtypeStruct, getattr(jax, "Ref", jax.ShapeDtypeStruct))
+    if isinstance(x, others) or not hasattr(x, "shape") or not hasattr(x, "dtype"):
         return None
     with suppress(TypeError):  # the dtype of another library
         return next((kind for kind in kinds if jnp.issubdtype(x.dtype, kind)), None)

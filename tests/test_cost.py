@@ -179,6 +179,23 @@ def test_nothing_of_the_gradient_is_computed_for_the_value():
         assert streamed.count(primitive) == forward.count(primitive) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True, "unroll": True}], ids=str)
+def test_a_cut_beyond_the_last_step_changes_nothing(options):
+    """Nor does it let XLA undo rematerialisation in straight code."""
+
+    def text(bptt):
+        params, data, stepper = network_problem("mlp")
+
+        def loss(params):
+            u_next = functools.partial(stepper, params)
+            options_ = dict(num_rollout_steps=4, cuts=Cuts(bptt), **options)
+            return residuum_loss(u_next, data, lambda n, p: n - p, **options_)
+
+        return jax.jit(jax.grad(loss)).lower(params).as_text()
+
+    assert text(9) == text(False)
+
+
 def outer_loop(name, f, chunks):
     """The sum of `f` over chunks, by a loop of JAX."""
     if name == "map":

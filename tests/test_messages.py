@@ -125,6 +125,17 @@ def test_a_ref_cannot_be_closed_over(where, num_rollout_steps):
             f(2.0)
 
 
+def test_shapes_and_refs_are_not_arrays():
+    """They have a shape and a dtype, but nothing can be read from them."""
+    data, mask = (jax.ShapeDtypeStruct(s, d) for s, d in (((4, 1, 3), float), ((3,), bool)))
+    assert "data must be an array" in message(lambda u: u, data)
+    for field in Cuts._fields:
+        options = dict(num_rollout_steps=3, cuts=Cuts(**{field: mask}))
+        assert f"cuts.{field} must be a" in message(lambda u: u, jnp.ones((4, 1, 3)), **options)
+    if hasattr(jax, "new_ref"):
+        assert "data must be an array" in message(lambda u: u, jax.new_ref(jnp.ones((4, 1, 3))))
+
+
 @jax.tree_util.register_pytree_node_class
 class Checked:
     """A state that checks what it is made of."""
