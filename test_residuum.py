@@ -187,7 +187,7 @@ def assert_values_and_gradients(num_rollout_steps, bptt, rows):
         assert_close(*pair, what=row)
 
 
-@pytest.mark.parametrize("bptt", ["none", "2", "mask"])
+@pytest.mark.parametrize("bptt", also_slow("none", "2", slowly=["mask"]))
 def test_value_and_gradient_equal_the_textbook_loop(bptt):
     rows = zip(AT_LEVELS, [*PROGRAMS, dict(unroll=3)], strict=True)
     assert_values_and_gradients(7, bptt, list(rows))
@@ -444,7 +444,7 @@ def rotation_loss(loss_fn, factor, data, **options):
 
 
 @pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
-@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+@pytest.mark.parametrize("dtype", also_slow(jnp.complex128, slowly=[jnp.complex64]))
 def test_complex_states_equal_the_textbook_loop(dtype, bptt):
     options = dict(num_rollout_steps=5, cuts=cuts_of(5, bptt))
 

@@ -195,6 +195,10 @@ def close_over_a_batch_norm_of_flax():
     loss(lambda u: norm(u))
 
 
+def forget_has_aux_in_a_gradient():
+    jax.grad(lambda scale: loss(lambda u: scale * u, has_aux=True))(1.0)
+
+
 def rematerialise_a_module():
     eqx = import_module("equinox")
     network = eqx.nn.Linear(32, 32, key=jax.random.key(0))
@@ -209,6 +213,7 @@ MESSAGES = {
     "stepper must return a state of the shapes and dtypes of its input": lambda: loss(
         lambda u: u[1:]
     ),
+    "must be of shape [batch, num_snapshots, ...]": lambda: loss(data=jnp.ones(32)),
     "must agree with the other leaves on [batch, num_snapshots]": lambda: loss(
         data={"u": ONES, "viscosity": jnp.ones((1, 1))}
     ),
@@ -223,6 +228,9 @@ MESSAGES = {
     "weights must be a real array of shape [num_rollout_steps]": lambda: loss(
         weights=[1.0, 2.0]
     ),
+    "must return at least one array": lambda: loss(residuum_fn=lambda u_next, u_prev: None),
+    "time_level_loss must return a real scalar": lambda: loss(time_level_loss=jnp.square),
+    "Gradient only defined for scalar-output functions": forget_has_aux_in_a_gradient,
     "Found an unbound axis name": close_over_a_batch_norm_of_equinox,
     "Cannot mutate BatchStat from a different trace level": close_over_a_batch_norm_of_flax,
     "A jax.Ref cannot be closed over": close_over_a_ref,

@@ -81,9 +81,14 @@ def assert_as_on_one_device(actual, rollouts, expected):
 
 
 @pytest.mark.parametrize(
-    "explicit", [False, pytest.param(True, marks=needs_explicit_axes)], ids=str
+    "groups, explicit",
+    [
+        (False, False),
+        pytest.param(True, False, marks=slow),
+        pytest.param(False, True, marks=[slow, needs_explicit_axes]),
+        pytest.param(True, True, marks=[slow, needs_explicit_axes]),
+    ],
 )
-@pytest.mark.parametrize("groups", also_slow(True, slowly=[False]))
 @several_rollouts
 def test_sharded_data_under_jit(rollouts, groups, explicit):
     """Automatic and explicit axes. `groups`: one term of the loss for each device."""
@@ -112,7 +117,9 @@ def test_sharded_data_under_jit(rollouts, groups, explicit):
 
 @needs_shard_map
 @pytest.mark.parametrize("check_vma", also_slow(True, slowly=[False]))
-@pytest.mark.parametrize("where", ["outside", "inside", "inside, varying parameters"])
+@pytest.mark.parametrize(
+    "where", also_slow("outside", "inside, varying parameters", slowly=["inside"])
+)
 @several_rollouts
 def test_shard_map(rollouts, where, check_vma):
     loss, params, data, expected = mesh_problem()

@@ -32,10 +32,9 @@ CHECKS = {
 STRICT_MODES = [
     CHECKS,
     {"jax_disable_jit": True},
-    {"jax_enable_x64": False},
     {"jax_transfer_guard": "disallow"},
 ]
-EACH_CHECK = [{name: value} for name, value in CHECKS.items()]
+EACH_CHECK = [{"jax_enable_x64": False}, *({name: value} for name, value in CHECKS.items())]
 
 
 @functools.cache
