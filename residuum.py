@@ -286,7 +286,7 @@ def _hoist(f: Any, *args: Any) -> tuple[Any, list[Array], Any]:
     time levels. `jax.closure_convert` would miss integers and keys.
     """
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    if hasattr(jax, "Ref") and any(isinstance(x, jax.Ref) for x in jaxpr.consts):
+    if any(type(getattr(x, "aval", None)).__name__ == "AbstractRef" for x in jaxpr.consts):
         raise TypeError("A jax.Ref cannot be closed over. Read it before: value = ref[...].")
     constants = [jnp.asarray(x) for x in jaxpr.consts]
     is_float: Any = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
@@ -581,10 +581,10 @@ def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
 def _kind(x: Any) -> Any:
     """What kind of array `x` is, `None` if it is none."""
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool, jax.dtypes.prng_key)
-    others = (jax.ShapeDtypeStruct, getattr(jax, "Ref", jax.ShapeDtypeStruct))
-    if isinstance(x, others) or not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    is_ref = type(getattr(x, "aval", None)).__name__ == "AbstractRef"
+    if is_ref or isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "shape"):
         return None
-    with suppress(TypeError):  # the dtype of another library
+    with suppress(AttributeError, TypeError):  # the dtype of another library
         return next((kind for kind in kinds if jnp.issubdtype(x.dtype, kind)), None)
     return None
 
