@@ -460,7 +460,7 @@ def _check_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _check_cuts(cuts: Any, num_steps: int) -> tuple[Cuts, Levels, int]:
+def _check_cuts(cuts: Any, num_steps: int) -> tuple[Any, Levels, int]:
     """Returns the cuts of all levels alike, the masks, and the steps of a static segment."""
     _require(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
     constants, segment_length, masks = cuts._replace(bptt=False), num_steps, dict[str, Array]()
