@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import os
-import pathlib
 import re
 import tomllib
 import unittest
@@ -12,11 +11,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from common import ROOT
 
 from residuum import Cuts, residuum_loss
 
 
-ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # In which each block goes on from all those before it. Elsewhere a block goes on from the
