@@ -404,9 +404,9 @@ def _advance(
     # Where this loop stands in a loop of the user's, JAX moves out of that one what does not
     # depend on the state, and would store it for each time level: a cotangent, which begins
     # with the weights and is as large as the residuum. So make the weights depend on the
-    # state, by adding nothing of it. (`optimization_barrier` has no `vmap` in early JAX.)
-    nothing = [jnp.any(x != x)[None][:0] for x in u if jnp.issubdtype(x.dtype, jnp.inexact)]
-    add = lambda level: reduce(jnp.add, [x.sum().astype(level.dtype) for x in nothing], level)
+    # state, by an empty sum of it that XLA removes (a barrier has no `vmap` in early JAX).
+    empty = [jnp.any(x != x)[None][:0] for x in u if jnp.issubdtype(x.dtype, jnp.inexact)]
+    add = lambda level: reduce(jnp.add, [x.sum().astype(level.dtype) for x in empty], level)
     levels = jax.tree.map(add, levels)
     f = lambda variables: segment(*_combine(variables, (closed_over, u)), levels)
     (loss, (losses, u_next)), (grads, u_grads) = jax.value_and_grad(f, has_aux=True)(variables)
