@@ -103,7 +103,7 @@ def residuum_loss(
     cuts: Cuts = ...,
     weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
     time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = ...,
-    checkpoint: bool = ...,
+    checkpoint: bool | int = ...,
     unroll: int | bool = ...,
     has_aux: Literal[False] = ...,
 ) -> Float[Array, ""]: ...
@@ -117,7 +117,7 @@ def residuum_loss(
     cuts: Cuts = ...,
     weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
     time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = ...,
-    checkpoint: bool = ...,
+    checkpoint: bool | int = ...,
     unroll: int | bool = ...,
     has_aux: Literal[True],
 ) -> tuple[Float[Array, ""], Rollout]: ...
@@ -130,7 +130,7 @@ def residuum_loss(
     cuts: Cuts = Cuts(),
     weights: Real[ArrayLike, "{num_rollout_steps}"] | Sequence[Any] | None = None,
     time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = mse,
-    checkpoint: bool = False,
+    checkpoint: bool | int = False,
     unroll: int | bool = 1,
     has_aux: bool = False,
 ) -> Float[Array, ""] | tuple[Float[Array, ""], Rollout]:
@@ -181,12 +181,10 @@ def residuum_loss(
     `TypeError` or `ValueError` at trace time, naming the argument. What your functions raise
     passes through, with notes: which one it was, called with what, and how `data` was read.
     """
-    for name, flag in {"checkpoint": checkpoint, "has_aux": has_aux}.items():
-        _require(isinstance(flag, bool), TypeError, f"{name} must be a static bool", flag)
+    _require(isinstance(has_aux, bool), TypeError, "has_aux must be a static bool", has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    if isinstance(unroll, bool):
-        unroll = num_steps if unroll else 1
-    unroll = _check_int("unroll", unroll)
+    unroll = _check_int("unroll", unroll, {True: num_steps, False: 1})
+    checkpoint = _check_int("checkpoint", checkpoint, {True: 1, False: 0})
     constant_cuts, masks, k = _check_cuts(cuts, num_steps)
     weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
     real = [jnp.floating, jnp.integer, jnp.bool]
@@ -219,12 +217,11 @@ def residuum_loss(
         u_1 = jax.eval_shape(jax.vmap(advance), u_0)
     step, closed_over, (_, loss) = _hoist(batch_step, u_0, {f: x[0] for f, x in masks.items()})
     levels = {"weights": level_weights.astype(loss.dtype), **masks}
-    if checkpoint and (k > 1 or num_steps == 1):
-        # In a loop XLA cannot undo rematerialisation; straight code must be protected.
-        step = jax.checkpoint(step, prevent_cse=unroll >= k)
-    rollout = partial(_rollout, step, unroll)
+    if k == 1 < num_steps:
+        checkpoint = 0  # the backward pass of a segment of one step follows at once
+    rollout = partial(_rollout, step, checkpoint, unroll)
     if k < num_steps:
-        rollout = partial(_streamed_rollout, rollout, k, max(unroll // k, 1))
+        rollout = partial(_streamed_rollout, rollout, k, unroll // k)
     loss, (losses, u) = rollout(closed_over, u_0, levels)
     losses, u = jax.lax.stop_gradient((losses, u))
     return (loss, Rollout(losses, tree(u))) if has_aux else loss
@@ -243,15 +240,75 @@ Levels = dict[str, Array]
 LossAndAux = tuple[Array, tuple[Array, State]]
 
 
-def _rollout(step: Any, unroll: int, closed_over: Any, u: State, levels: Levels) -> LossAndAux:
-    """Returns the weighted sum of the losses; and the losses, and the final state."""
-    masks = {name: x for name, x in levels.items() if name != "weights"}
-    u, losses = _scan(partial(step, closed_over), u, masks, len(levels["weights"]), unroll)
-    return jnp.sum(levels["weights"] * losses), (losses, u)
+def _rollout(
+    step: Any, checkpoint: int, unroll: int, closed_over: Any, u: State, levels: Levels
+) -> LossAndAux:
+    """Returns the weighted sum of the losses; and the losses, and the final state.
+
+    With `checkpoint > 1` the loop is one over blocks of as many steps. Its backward pass finds
+    the state before each block, computes those within the block again, and from each of them
+    the activations: `num_steps / checkpoint + checkpoint` states are stored in all.
+
+    The gradient of `closed_over` comes back by a copy that goes along with the state: so nested
+    loops add to one sum, where for constants each would have its own, as large as they are.
+    """
+
+    def one_step(carry: Any, mask: Any) -> tuple[Any, Array]:
+        u, copy = carry
+        u, loss = step(_with_gradient_to(copy, closed_over), u, mask)
+        return (u, copy), loss
+
+    num_steps = len(levels["weights"])
+    block_length = checkpoint if checkpoint > 1 else num_steps
+    chunks = _chunks(levels, block_length)
+    carry, losses = (u, closed_over), []
+    for chunk in chunks:
+        num_blocks, length = chunk["weights"].shape
+        masks = {name: x for name, x in chunk.items() if name != "weights"}
+        block = partial(_scan, one_step, length=length, unroll=unroll, remat=checkpoint > 0)
+        # The backward pass of a last block by itself follows at once.
+        remat = num_blocks > 1 or chunk is not chunks[-1]
+        carry, ys = _scan(block, carry, masks, num_blocks, unroll // block_length, remat)
+        losses.append(ys.reshape(-1))
+    all_losses = jnp.concatenate(losses)
+    return jnp.sum(levels["weights"] * all_losses), (all_losses, carry[0])
 
 
-def _scan(step: Any, carry: Any, xs: Any, length: int, unroll: int) -> tuple[Any, Any]:
-    """`jax.lax.scan`, but straight code where one iteration does it all."""
+@jax.custom_jvp
+def _with_gradient_to(copy: list[Array], arrays: list[Array]) -> list[Array]:
+    """`arrays`; their gradient goes to the `copy`, of which nothing else is used."""
+    return arrays
+
+
+_with_gradient_to.defjvp(
+    lambda primals, tangents: (_with_gradient_to(*primals), tangents[0]), symbolic_zeros=True
+)
+
+
+def _chunks(levels: Levels, length: int, first: int = 0) -> list[Levels]:
+    """The time levels in chunks of blocks, `[num_blocks, length]`.
+
+    The `first` levels are a chunk of their own, and what is left over is a shorter block.
+    """
+    num_steps = len(levels["weights"])
+    last = num_steps - (num_steps - first) % length
+    return [
+        {name: x[i:j].reshape(max((j - i) // length, 1), -1) for name, x in levels.items()}
+        for i, j in pairwise(sorted({0, first, last, num_steps}))
+    ]
+
+
+def _scan(
+    step: Any, carry: Any, xs: Any, length: int, unroll: int, remat: bool = False
+) -> tuple[Any, Any]:
+    """`jax.lax.scan`, but straight code where one iteration does it all.
+
+    With `remat` the backward pass computes each step again, from the carry before it.
+    """
+    unroll = max(unroll, 1)
+    if remat:
+        # In a loop XLA cannot undo rematerialisation; straight code must be protected.
+        step = jax.checkpoint(step, prevent_cse=unroll >= length)
     if unroll < length:
         return jax.lax.scan(step, carry, xs, length, unroll=unroll)
     ys = []
@@ -342,19 +399,17 @@ def _streamed_rollout_jvp(
     segment: Any, k: int, unroll: int, primals: Any, tangents: Any
 ) -> tuple[LossAndAux, Any]:
     """The loss changes by `<gradient, tangents>`; what else is returned has no gradient."""
-    tangents = jax.tree.map(lambda x: None if isinstance(x, SymbolicZero) else x, tangents)
-    variables = jax.tree.map(lambda x, dot: None if dot is None else x, primals, tangents)
+    variables, dots = _perturbed(primals, tangents)
     axes = _varying_axes(primals)
     if any(_varying_axes(x) != axes for x in jax.tree.leaves(variables)):
         # The gradient with respect to what does not vary over an axis of a `shard_map`
         # is a sum over that axis; a tangent of the local loss cannot be made from it.
-        rollout = partial(_streamed_rollout.fun, segment, k, unroll)
-        return jax.jvp(lambda x: rollout(*_combine(x, primals)), (variables,), (tangents,))
+        return _jvp(partial(_streamed_rollout.fun, segment, k, unroll), primals, tangents)
     (loss, aux), grads = _value_and_grad(segment, k, unroll, variables[:2], *primals)
     # The loss is linear in the weights; what it multiplies them by is the losses.
     weights_grad = jax.tree.map(lambda _: aux[0], variables[2]["weights"])
-    tangents = (*tangents[:2], tangents[2]["weights"])
-    pairs = zip(jax.tree.leaves((*grads, weights_grad)), jax.tree.leaves(tangents), strict=True)
+    dots = (*dots[:2], dots[2]["weights"])
+    pairs = zip(jax.tree.leaves((*grads, weights_grad)), jax.tree.leaves(dots), strict=True)
     # A gradient of a complex input is the conjugate of the mathematician's, so this is not
     # `vdot`; and `dot` would lose precision on an accelerator.
     products = [jnp.sum(grad * dot.astype(grad.dtype)).real for grad, dot in pairs]
@@ -367,6 +422,7 @@ def _streamed_rollout_jvp(
 _streamed_rollout.defjvp(_streamed_rollout_jvp, symbolic_zeros=True)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _value_and_grad(
     segment: Any, k: int, unroll: int, variables: Any, closed_over: Any, u: Any, levels: Levels
 ) -> tuple[LossAndAux, Any]:
@@ -375,25 +431,36 @@ def _value_and_grad(
     The initial condition gets its gradient from the first segment, which shares the loop of
     the others if that is not wanted. The last segment may be shorter.
     """
-    num_steps = len(levels["weights"])
     closed_variables, u_grads = variables
     first = k if jax.tree.leaves(u_grads) else 0
-    last = num_steps - (num_steps - first) % k
     vary = partial(_vary, _varying_axes((closed_over, u)))
     sums = jax.tree.map(jnp.zeros_like, (levels["weights"][0], closed_variables))
     carry = jax.tree.map(vary, (u, sums))
     losses = []
-    for start, stop in pairwise(sorted({0, first, last, num_steps})):
-        num_segments = max((stop - start) // k, 1)
-        chunk = {name: x[start:stop].reshape(num_segments, -1) for name, x in levels.items()}
-        with_respect_to = variables if start < first else (closed_variables, [None] * len(u))
+    for i, chunk in enumerate(_chunks(levels, k, first)):
+        is_first = i == 0 < first
+        with_respect_to = variables if is_first else (closed_variables, [None] * len(u))
         advance = partial(_advance, segment, with_respect_to, closed_over)
-        carry, ys = _scan(advance, carry, chunk, num_segments, unroll)
+        carry, ys = _scan(advance, carry, chunk, len(chunk["weights"]), unroll)
         losses.append(ys[0].reshape(-1))
-        if start < first:
+        if is_first:
             u_grads = jax.tree.map(itemgetter(0), ys[1])
     u, (loss, grads) = carry
     return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
+
+
+def _value_and_grad_jvp(
+    segment: Any, k: int, unroll: int, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+    """What JAX would do by itself; the rule is there to keep it from doing more.
+
+    Linearising `_streamed_rollout`, it evaluates the rule partially, and would trace the loop a
+    second time, to find all of it known. A function with a rule of its own it leaves closed.
+    """
+    return _jvp(partial(_value_and_grad.fun, segment, k, unroll), primals, tangents)
+
+
+_value_and_grad.defjvp(_value_and_grad_jvp, symbolic_zeros=True)
 
 
 def _advance(
@@ -412,6 +479,18 @@ def _advance(
     (loss, (losses, u_next)), (grads, u_grads) = jax.value_and_grad(f, has_aux=True)(variables)
     # Cut the state here, too: derivatives of higher order differentiate this code.
     return (_cut(u_next, True), jax.tree.map(jnp.add, sums, (loss, grads))), (losses, u_grads)
+
+
+def _jvp(f: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp` where tangents may be symbolic zeros."""
+    variables, dots = _perturbed(primals, tangents)
+    return jax.jvp(lambda x: f(*_combine(x, primals)), (variables,), (dots,))
+
+
+def _perturbed(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The primals that are perturbed, and their tangents; `None` for all others."""
+    dots = jax.tree.map(lambda x: None if isinstance(x, SymbolicZero) else x, tangents)
+    return jax.tree.map(lambda x, dot: None if dot is None else x, primals, dots), dots
 
 
 def _combine(variables: Any, constants: Any) -> Any:
@@ -452,9 +531,13 @@ def _require(condition: bool, error: Any, expected: str, got: Any) -> None:
         raise error(message)
 
 
-def _check_int(name: str, value: Any) -> int:
+def _check_int(name: str, value: Any, bools: dict[bool, int] | None = None) -> int:
+    """Returns `value`, or what it stands for if it is one of `bools`."""
+    if bools and isinstance(value, bool):
+        return bools[value]
     is_int = isinstance(value, Integral) and not isinstance(value, bool)
-    _require(is_int, TypeError, f"{name} must be a static int", value)
+    kind = "a static bool or a static int" if bools else "a static int"
+    _require(is_int, TypeError, f"{name} must be {kind}", value)
     in_range = 1 <= int(value) < 2**31
     _require(in_range, ValueError, f"{name} must be at least 1 and below 2**31", value)
     return int(value)

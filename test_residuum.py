@@ -225,7 +225,7 @@ HIGHER_ORDER = [
     dict(num_rollout_steps=4, cuts=Cuts(bptt=3, next=True)),
     dict(num_rollout_steps=5, cuts=Cuts(bptt=MASK[:5], next=MASK[:5])),
 ]
-EXTRA = [{}, {"checkpoint": True, "unroll": 2}, {"unroll": True}]
+EXTRA = [{}, {"checkpoint": True, "unroll": 2}, {"checkpoint": 2}, {"unroll": True}]
 
 
 def flat_problem(num_rollout_steps, **options):
@@ -256,7 +256,7 @@ def test_forward_mode_and_second_derivatives_equal_the_textbook_loop(options):
 
     assert_as_textbook(first_order, flat, extra=EXTRA)
     assert_as_textbook(forward_over_reverse, flat)
-    assert_as_textbook(reverse_over_reverse, flat, extra=EXTRA[:2])
+    assert_as_textbook(reverse_over_reverse, flat, extra=EXTRA[1:3])
 
 
 @slow
@@ -268,7 +268,7 @@ def test_hessians_equal_the_textbook_loop(options):
         grad = jax.grad(functools.partial(loss, loss_fn))
         return jax.jacfwd(grad)(x), jax.jacrev(grad)(x)
 
-    assert_as_textbook(hessians, flat, extra=EXTRA[:2])
+    assert_as_textbook(hessians, flat, extra=EXTRA[:3])
 
 
 #
@@ -488,7 +488,7 @@ def test_step_counters_and_keys_in_the_state(bptt):
         f = functools.partial(loss, loss_fn)
         return jax.value_and_grad(f)(x), jax.jvp(jax.grad(f), (x,), (x + 1,))[1]
 
-    assert_as_textbook(derivatives, x, extra=EXTRA[:2])
+    assert_as_textbook(derivatives, x, extra=EXTRA[:3])
     _, rollout = jax.jit(lambda x: loss(residuum_loss, x, has_aux=True))(x)
     assert_close(rollout.final_state["count"], jnp.full((batch,), 5, jnp.int32))
 
@@ -661,7 +661,11 @@ BAD_CALLS = [
     (dict(unroll=0), ValueError, "unroll.*at least 1.*0"),
     (dict(unroll=-1), ValueError, "unroll.*at least 1.*-1"),
     (dict(unroll=1.0), TypeError, "unroll.* int.*1.0"),
-    (dict(checkpoint=1), TypeError, "checkpoint.*static bool.*1"),
+    (dict(checkpoint=0), ValueError, "checkpoint.*at least 1.*0"),
+    (dict(checkpoint=-2), ValueError, "checkpoint.*at least 1.*-2"),
+    (dict(checkpoint=2.0), TypeError, "checkpoint.*static bool or.* int.*2.0"),
+    (dict(checkpoint=None), TypeError, "checkpoint.*static bool or.* int.*None"),
+    (dict(checkpoint=jnp.array(2)), TypeError, r"checkpoint.*static bool or.* int.*int\d+"),
     (dict(has_aux=None), TypeError, "has_aux.*static bool.*None"),
 ]
 
@@ -689,6 +693,7 @@ def test_bad_input_is_named(changes, error, pattern):
         ("num_rollout_steps", 3),
         ("unroll", 2),
         ("checkpoint", True),
+        ("checkpoint", 2),
         ("has_aux", True),
         ("cuts", Cuts(bptt=2)),
         ("cuts", Cuts(bptt=True)),

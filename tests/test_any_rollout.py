@@ -14,6 +14,7 @@ from test_residuum import (
     also_slow,
     assert_as_textbook,
     assert_close,
+    MASK,
     problem,
     slow,
     textbook_loss,
@@ -25,6 +26,16 @@ from test_residuum import (
 def test_unroll_that_does_not_divide_equals_the_textbook_loop(bptt):
     f = functools.partial(value_and_grad, num_rollout_steps=7, cuts=Cuts(bptt))
     extra = [dict(unroll=unroll) for unroll in (2, 3, 4, 9)]
+    assert_as_textbook(f, problem(7), extra=extra)
+
+
+@pytest.mark.parametrize("every", also_slow(3, slowly=[1, 2, 4, 6, 7, 9]))
+@pytest.mark.parametrize("bptt", also_slow(False, slowly=[True, 2, 3, 4, 6]))
+def test_every_kth_state_stored_equals_the_textbook_loop(bptt, every):
+    """Whether `every` divides the 7 steps, or a segment, or is longer; in a loop, in straight
+    code, with blocks in a loop of straight code, with several blocks an iteration."""
+    f = functools.partial(value_and_grad, num_rollout_steps=7, cuts=Cuts(bptt, next=MASK))
+    extra = [dict(checkpoint=every, unroll=unroll) for unroll in (1, True, every, 2 * every)]
     assert_as_textbook(f, problem(7), extra=extra)
 
 
@@ -58,7 +69,7 @@ def rollouts(draw):
 
 @slow
 @settings(max_examples=30, deadline=None)
-@given(rollouts(), st.booleans(), st.integers(1, 3) | st.booleans())
+@given(rollouts(), st.integers(1, 5) | st.booleans(), st.integers(1, 3) | st.booleans())
 def test_any_rollout_equals_the_textbook_loop(rollout, checkpoint, unroll):
     data, options = rollout
 

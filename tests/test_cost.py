@@ -1,8 +1,10 @@
 """The cost, as far as it is deterministic: loops where they save compile time and none where
 they cost run time, what JAX traces, what the compiler allocates."""
 
+import collections
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 import trainax
 from common import network_problem, primitives
 
-from residuum import Cuts, residuum_loss
+from residuum import Cuts, mse, residuum_loss
 from test_residuum import also_slow, evaluate, FLAGS, problem
 
 
@@ -49,13 +51,25 @@ def test_static_cuts_leave_no_selection(bptt, cut):
     assert "select_n" in program(6, cuts=Cuts(bptt, np.array(cut), cut))
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"unroll": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpoint": True}, {"checkpoint": 5}, {"unroll": 3}], ids=str
+)
 @pytest.mark.parametrize("bptt", [False, True, 5])
 def test_program_size_does_not_grow_with_the_rollout(bptt, options):
     short, long = (
         len(program(num_steps, cuts=Cuts(bptt), **options)) for num_steps in (30, 300)
     )
     assert short == long
+
+
+def test_every_kth_state_computes_three_times_what_would_be_stored():
+    count = lambda **options: program(8, checkpoint=2, **options).count("tanh")
+    # The step; the step in the block that is computed again; the step computed again there.
+    assert count() == 3 * program(8).count("tanh")
+    assert count(cuts=Cuts(1)) == program(8, cuts=Cuts(1)).count("tanh")
+    # A last block by itself is computed as any rollout with `checkpoint=True`.
+    assert program(9, checkpoint=2).count("tanh") == 5 * program(8).count("tanh")
+    assert program(8, checkpoint=8) == program(8, checkpoint=50) == program(8, checkpoint=True)
 
 
 @pytest.mark.parametrize("unroll", [1, True])
@@ -71,16 +85,91 @@ def test_checkpoint_computes_twice_only_what_would_be_stored(unroll):
         assert count(bptt, True) == count(bptt, False)
 
 
-def test_rematerialisation_is_protected_from_xla_only_where_there_is_no_loop():
+PROTECTED = [
+    # checkpoint, unroll, and which of the two is found in the program
+    (True, 1, {"False"}),
+    (True, True, {"True"}),
+    (3, 1, {"False"}),
+    (3, 3, {"False", "True"}),  # the blocks are a loop, the steps of one are straight code
+    (3, True, {"True"}),
+    (4, 1, {"False", "True"}),  # a block of four, one of two: two loops in straight code
+]
+
+
+@pytest.mark.parametrize("checkpoint, unroll, expected", PROTECTED)
+def test_rematerialisation_is_protected_from_xla_only_where_there_is_no_loop(
+    checkpoint, unroll, expected
+):
     params, data, _, coefficient = problem(6)
 
-    def loss(params, unroll):
-        options = dict(num_rollout_steps=6, checkpoint=True, unroll=unroll)
+    def loss(params):
+        options = dict(num_rollout_steps=6, checkpoint=checkpoint, unroll=unroll)
         return evaluate(residuum_loss, params, data, None, coefficient, **options)
 
-    for unroll in (1, True):
-        text = str(jax.make_jaxpr(jax.grad(functools.partial(loss, unroll=unroll)))(params))
-        assert set(re.findall(r"prevent_cse=(\w+)", text)) == {str(unroll is True)}
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert set(re.findall(r"prevent_cse=(\w+)", text)) == expected
+
+
+OPTIONS = [{}, {"checkpoint": True}, {"checkpoint": 2}, {"has_aux": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("bptt", [False, True, 3])
+def test_the_users_functions_are_traced_twice_at_most(bptt, options):
+    calls = collections.Counter()
+
+    def counted(name, f):
+        def g(*args):
+            calls[name] += 1
+            return f(*args)
+
+        return g
+
+    def loss(scale):
+        return residuum_loss(
+            counted("stepper", lambda u: jnp.tanh(scale * u)),
+            jnp.ones((2, 1, 3)),
+            counted("residuum_fn", lambda n, p: n - p),
+            num_rollout_steps=7,
+            cuts=Cuts(bptt),
+            time_level_loss=counted("time_level_loss", lambda r: jnp.mean(r**2)),
+            **options,
+        )
+
+    has_aux = options.get("has_aux", False)
+    jax.jit(jax.value_and_grad(loss, has_aux=has_aux)).lower(2.0)
+    assert calls == {"stepper": 2, "residuum_fn": 1, "time_level_loss": 1}
+
+
+def num_traced(loss):
+    """How often JAX looks at a matrix product while it traces value and gradient."""
+    calls, original = 0, jax.lax.dot_general_p.abstract_eval
+
+    def abstract_eval(*args, **params):
+        nonlocal calls
+        calls += 1
+        return original(*args, **params)
+
+    params, data, stepper = network_problem("mlp")
+    f = lambda params: loss(functools.partial(stepper, params), data, lambda n, p: n - p)
+    jax.clear_caches()
+    with mock.patch.object(jax.lax.dot_general_p, "abstract_eval", abstract_eval):
+        jax.jit(jax.value_and_grad(f)).trace(params)
+    return calls
+
+
+def test_tracing_costs_little_more_than_that_of_a_plain_scan():
+    def scan_loss(stepper, data, residuum_fn):
+        def step(u_prev, _):
+            u_next = jax.vmap(stepper)(u_prev)
+            return u_next, mse(residuum_fn(u_next, u_prev))
+
+        return jnp.sum(jax.lax.scan(step, data[:, 0], length=20)[1])
+
+    plain = num_traced(scan_loss)
+    for bptt in (False, 1, 5):
+        options = dict(num_rollout_steps=20, cuts=Cuts(bptt))
+        assert num_traced(functools.partial(residuum_loss, **options)) <= 1.6 * plain, bptt
 
 
 def test_unroll_is_steps_per_iteration():
@@ -150,6 +239,43 @@ def test_checkpoint_within_segments_stores_one_state_per_step_of_a_segment(name)
     _, data, _ = network_problem(name)
     short, long = (temporaries(name, 1000, cuts=Cuts(k), checkpoint=True) for k in (50, 100))
     assert long - short <= 1.01 * 50 * num_bytes(data)
+
+
+@pytest.mark.parametrize("every", also_slow(25, slowly=[10, 31, 300, 600]))
+@pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
+def test_every_kth_state_is_stored_and_those_of_one_block(name, every):
+    num_steps = 1000
+    params, data, _ = network_problem(name)
+    activations = temporaries(name, 2, checkpoint=True)
+    actual = temporaries(name, num_steps, checkpoint=every)
+    levels = 4 * 4 * num_steps  # losses and weights, and what comes back for them
+    num_states = num_steps / every + every + 2
+    assert actual <= activations + num_states * num_bytes(data) + num_bytes(params) + levels
+    one_by_one = temporaries(name, num_steps, checkpoint=True)
+    assert actual < one_by_one * (0.3 if every <= 31 else 1)
+
+
+def test_every_kth_state_within_segments():
+    _, data, _ = network_problem("mlp")
+    size = lambda **options: temporaries("mlp", 1000, cuts=Cuts(100), **options)
+    assert size(checkpoint=True) - size(checkpoint=10) >= 70 * num_bytes(data)
+    assert size(checkpoint=100) == size(checkpoint=200) == size(checkpoint=True)
+
+
+def test_nested_loops_have_one_sum_of_the_gradient():
+    """One of the blocks, one of the steps: with parameters much larger than all states."""
+    params = jnp.ones((512, 512), jnp.float32) / 512
+    data = jnp.ones((1, 1, 512), jnp.float32)
+
+    def loss(params):
+        options = dict(num_rollout_steps=16, checkpoint=4)
+        return residuum_loss(
+            lambda u: jnp.tanh(params @ u), data, lambda n, p: n - p, **options
+        )
+
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    # The sum itself is the result; there is the product of one step besides.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * params.nbytes
 
 
 @pytest.mark.parametrize("bptt", also_slow(2, slowly=[False, 1]))

@@ -50,7 +50,7 @@ def plain_rollout(k, closed_over, u, levels):
 
 
 def segment(unroll):
-    return functools.partial(residuum._rollout, step, unroll)
+    return functools.partial(residuum._rollout, step, 0, unroll)
 
 
 @pytest.mark.parametrize("unroll", [1, NUM_STEPS])
