@@ -162,12 +162,16 @@ def residuum_loss(
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` is all ones. A
         weight of 0 does not keep an infinite loss out, since 0 · ∞ is not a number.
     - `time_level_loss`: `residuum -> real scalar`.
-    - `checkpoint`: rematerialise each time step in the backward pass. Stores one state per
-        step instead of its activations, for about one more forward pass of run time.
+    - `checkpoint`: rematerialise each time step in the backward pass. `True` stores one state
+        per step instead of its activations, for about one more forward pass of run time. An
+        int `k` stores every `k`-th state only, and those of the one block of `k` steps whose
+        turn it is: `T / k + k` states in all, least for `k` near the square root of `T`, for
+        about two more forward passes. `1` is `True`.
     - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at
         all, as a single step never is one. Compile time grows with it and with nothing else.
         It is for a CPU, where XLA runs a convolution in a loop slower than outside
-        (https://github.com/jax-ml/jax/issues/12868).
+        (https://github.com/jax-ml/jax/issues/12868), if `examples/convolutions_on_cpu.py` is
+        not applied.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
@@ -248,41 +252,21 @@ def _rollout(
     With `checkpoint > 1` the loop is one over blocks of as many steps. Its backward pass finds
     the state before each block, computes those within the block again, and from each of them
     the activations: `num_steps / checkpoint + checkpoint` states are stored in all.
-
-    The gradient of `closed_over` comes back by a copy that goes along with the state: so nested
-    loops add to one sum, where for constants each would have its own, as large as they are.
     """
-
-    def one_step(carry: Any, mask: Any) -> tuple[Any, Array]:
-        u, copy = carry
-        u, loss = step(_with_gradient_to(copy, closed_over), u, mask)
-        return (u, copy), loss
-
     num_steps = len(levels["weights"])
     block_length = checkpoint if checkpoint > 1 else num_steps
     chunks = _chunks(levels, block_length)
-    carry, losses = (u, closed_over), []
+    one_step, losses = partial(step, closed_over), []
     for chunk in chunks:
         num_blocks, length = chunk["weights"].shape
         masks = {name: x for name, x in chunk.items() if name != "weights"}
         block = partial(_scan, one_step, length=length, unroll=unroll, remat=checkpoint > 0)
         # The backward pass of a last block by itself follows at once.
         remat = num_blocks > 1 or chunk is not chunks[-1]
-        carry, ys = _scan(block, carry, masks, num_blocks, unroll // block_length, remat)
+        u, ys = _scan(block, u, masks, num_blocks, unroll // block_length, remat)
         losses.append(ys.reshape(-1))
     all_losses = jnp.concatenate(losses)
-    return jnp.sum(levels["weights"] * all_losses), (all_losses, carry[0])
-
-
-@jax.custom_jvp
-def _with_gradient_to(copy: list[Array], arrays: list[Array]) -> list[Array]:
-    """`arrays`; their gradient goes to the `copy`, of which nothing else is used."""
-    return arrays
-
-
-_with_gradient_to.defjvp(
-    lambda primals, tangents: (_with_gradient_to(*primals), tangents[0]), symbolic_zeros=True
-)
+    return jnp.sum(levels["weights"] * all_losses), (all_losses, u)
 
 
 def _chunks(levels: Levels, length: int, first: int = 0) -> list[Levels]:

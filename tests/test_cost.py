@@ -3,7 +3,6 @@ they cost run time, what JAX traces, what the compiler allocates."""
 
 import collections
 import functools
-import re
 from unittest import mock
 
 import jax
@@ -86,13 +85,13 @@ def test_checkpoint_computes_twice_only_what_would_be_stored(unroll):
 
 
 PROTECTED = [
-    # checkpoint, unroll, and which of the two is found in the program
-    (True, 1, {"False"}),
-    (True, True, {"True"}),
-    (3, 1, {"False"}),
-    (3, 3, {"False", "True"}),  # the blocks are a loop, the steps of one are straight code
-    (3, True, {"True"}),
-    (4, 1, {"False", "True"}),  # a block of four, one of two: two loops in straight code
+    # checkpoint, unroll, whether anything is rematerialised in straight code
+    (True, 1, False),
+    (True, True, True),
+    (3, 1, False),
+    (3, 3, True),  # the blocks are a loop, the steps of one are straight code
+    (3, True, True),
+    (4, 1, True),  # a block of four, one of two: two loops in straight code
 ]
 
 
@@ -106,8 +105,8 @@ def test_rematerialisation_is_protected_from_xla_only_where_there_is_no_loop(
         options = dict(num_rollout_steps=6, checkpoint=checkpoint, unroll=unroll)
         return evaluate(residuum_loss, params, data, None, coefficient, **options)
 
-    text = str(jax.make_jaxpr(jax.grad(loss))(params))
-    assert set(re.findall(r"prevent_cse=(\w+)", text)) == expected
+    program = jax.jit(jax.grad(loss)).lower(params).as_text()
+    assert ("optimization_barrier" in program) == expected
 
 
 OPTIONS = [{}, {"checkpoint": True}, {"checkpoint": 2}, {"has_aux": True}]
@@ -181,7 +180,9 @@ def test_unroll_is_steps_per_iteration():
     assert [count(u, 3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
 
 
-def temporaries(name, num_rollout_steps, *, loss_fn=residuum_loss, wrt=0, **options):
+def temporaries(
+    name, num_rollout_steps, *, loss_fn=residuum_loss, wrt=0, compiler_options=None, **options
+):
     """Bytes of temporary memory of the compiled value and gradient."""
     params, data, stepper = network_problem(name)
 
@@ -194,7 +195,8 @@ def temporaries(name, num_rollout_steps, *, loss_fn=residuum_loss, wrt=0, **opti
             **options,
         )
 
-    compiled = jax.jit(jax.value_and_grad(loss, wrt)).lower(params, data).compile()
+    lowered = jax.jit(jax.value_and_grad(loss, wrt)).lower(params, data)
+    compiled = lowered.compile(compiler_options)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -241,7 +243,7 @@ def test_checkpoint_within_segments_stores_one_state_per_step_of_a_segment(name)
     assert long - short <= 1.01 * 50 * num_bytes(data)
 
 
-@pytest.mark.parametrize("every", also_slow(25, slowly=[10, 31, 300, 600]))
+@pytest.mark.parametrize("every", also_slow(25, slowly=[10, 31, 40, 300]))
 @pytest.mark.parametrize("name", also_slow("mlp", slowly=["conv"]))
 def test_every_kth_state_is_stored_and_those_of_one_block(name, every):
     num_steps = 1000
@@ -250,32 +252,33 @@ def test_every_kth_state_is_stored_and_those_of_one_block(name, every):
     actual = temporaries(name, num_steps, checkpoint=every)
     levels = 4 * 4 * num_steps  # losses and weights, and what comes back for them
     num_states = num_steps / every + every + 2
-    assert actual <= activations + num_states * num_bytes(data) + num_bytes(params) + levels
-    one_by_one = temporaries(name, num_steps, checkpoint=True)
-    assert actual < one_by_one * (0.3 if every <= 31 else 1)
+    rest = num_steps % every  # which is a loop of its own, with its own sum of the gradient
+    num_states += rest
+    sums = num_bytes(params) * (2 if rest else 1)
+    assert actual <= activations + num_states * num_bytes(data) + sums + levels
 
 
 def test_every_kth_state_within_segments():
     _, data, _ = network_problem("mlp")
     size = lambda **options: temporaries("mlp", 1000, cuts=Cuts(100), **options)
-    assert size(checkpoint=True) - size(checkpoint=10) >= 70 * num_bytes(data)
+    assert size(checkpoint=True) - size(checkpoint=10) >= 60 * num_bytes(data)
     assert size(checkpoint=100) == size(checkpoint=200) == size(checkpoint=True)
 
 
-def test_nested_loops_have_one_sum_of_the_gradient():
-    """One of the blocks, one of the steps: with parameters much larger than all states."""
-    params = jnp.ones((512, 512), jnp.float32) / 512
-    data = jnp.ones((1, 1, 512), jnp.float32)
-
-    def loss(params):
-        options = dict(num_rollout_steps=16, checkpoint=4)
-        return residuum_loss(
-            lambda u: jnp.tanh(params @ u), data, lambda n, p: n - p, **options
-        )
-
-    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-    # The sum itself is the result; there is the product of one step besides.
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * params.nbytes
+@pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="needs a newer JAX")
+@pytest.mark.parametrize("checkpoint", also_slow(True, slowly=[5]))
+def test_checkpoint_in_straight_code_stores_states_only(checkpoint):
+    """Before JAX 0.11.1, XLA removed the barriers on a CPU before it looked for common
+    subexpressions, and has to be told to leave them, as the documentation says."""
+    straight = functools.partial(temporaries, "conv", 40, unroll=True)
+    barriers_stay = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 11, 1):
+        assert straight(checkpoint=checkpoint) < 0.2 * straight()
+    else:
+        assert straight(checkpoint=checkpoint) > 0.9 * straight()
+    if jax.default_backend() == "cpu":
+        size = straight(checkpoint=checkpoint, compiler_options=barriers_stay)
+        assert size < 0.2 * straight()
 
 
 @pytest.mark.parametrize("bptt", also_slow(2, slowly=[False, 1]))
@@ -378,6 +381,25 @@ def test_memory_of_hessian_vector_products_forward_over_reverse():
 
     assert size(200, "forward") == size(20, "forward")
     assert size(200, "reverse") > 2 * size(20, "reverse")  # the documentation warns of that
+
+
+def test_every_kth_state_and_its_tangent_are_stored_for_hessian_vector_products():
+    def size(num_rollout_steps, **options):
+        params, data, stepper = network_problem("mlp")
+
+        def loss(params):
+            u_next = functools.partial(stepper, params)
+            options_ = dict(num_rollout_steps=num_rollout_steps, **options)
+            return residuum_loss(u_next, data, lambda n, p: n - p, **options_)
+
+        product = lambda v: jax.jvp(jax.grad(loss), (params,), (v,))[1]
+        return jax.jit(product).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    _, data, _ = network_problem("mlp")
+    levels = 4 * 8 * 500  # losses, weights, and their tangents
+    growth = size(1000, checkpoint=25) - size(500, checkpoint=25)
+    assert growth <= 2 * (500 / 25) * num_bytes(data) + levels
+    assert size(1000, checkpoint=25) < 0.2 * size(1000, checkpoint=True)
 
 
 def test_nothing_is_accumulated_for_constants():
