@@ -1,4 +1,4 @@
-"""Draws assets/rollout_cost.png from the CSV file of rollout_cost.py, and prints the table of
+"""Draws assets/rollout_cost.png from the CSV file of rollout_cost.py, and prints the tables of
 docs/cost.md.
 
     python benchmarks/draw.py
@@ -7,112 +7,242 @@ docs/cost.md.
 import argparse
 import collections
 import csv
+import math
 import pathlib
 
+import matplotlib.patheffects
 import matplotlib.pyplot as plt
+import numpy as np
 
 
+COLUMNS = {  # of the figure, and their units
+    "compile_s": ("trace and compile time", "s"),
+    "temp_bytes": ("temporary memory", "B"),
+    "step_s": ("run time per step", "s"),
+}
+PEERS = ("trainax", "scan", "equinox", "torch", "torch.compile", "limit")
 # Okabe and Ito, colour-blind safe; ours is the thick line.
 STYLES = {
-    "residuum": dict(color="#0072B2", linewidth=3.5, zorder=3),
-    "residuum, checkpoint": dict(color="#0072B2", linewidth=2, linestyle=":", zorder=3),
-    "residuum, unroll=5": dict(color="#0072B2", linewidth=2, linestyle="--", zorder=3),
-    "residuum, unroll=True": dict(color="#0072B2", linewidth=2, linestyle="-.", zorder=3),
     "trainax": dict(color="#D55E00"),
     "scan": dict(color="#009E73"),
     "equinox": dict(color="#CC79A7"),
     "torch": dict(color="#777777"),
-    "limit": dict(color="#777777", linestyle=":"),
+    "torch.compile": dict(color="#777777"),
+    "plain loop": dict(color="#0072B2", linestyle=":"),
+    "residuum": dict(color="#0072B2", linewidth=3.5, markersize=5),
 }
-MARKERS = dict(trainax="s", scan="^", equinox="v", torch="x", limit="None")
+LABEL_SIZE = 8  # points
 
 
 def read(path):
     rows = []
     with path.open() as file:
         for row in csv.DictReader(file):
+            row.setdefault("derivative", "gradient")
             row["num_rollout_steps"] = int(row["num_rollout_steps"])
-            number = lambda name, row=row: float(row[name]) if row[name] else None
-            row["run_s"], row["temp_bytes"] = number("run_s"), number("temp_bytes")
-            row["compile_s"] = row["compile_s"] and (number("trace_s") + number("compile_s"))
+            for name in ("trace_s", "compile_s", "temp_bytes", "run_s"):
+                row[name] = float(row[name]) if row[name] else None
+            if row["compile_s"]:
+                row["compile_s"] += row["trace_s"] or 0
+            row["step_s"] = row["run_s"] and row["run_s"] / row["num_rollout_steps"]
             rows.append(row)
     return rows
 
 
+def write_plainly(x, unit):
+    """Three digits and a prefix: 1.5 ms, 20 MB."""
+    prefixes = {"G": 1e9, "M": 1e6, "k": 1e3, "": 1, "m": 1e-3, "µ": 1e-6}
+    for prefix, scale in prefixes.items():
+        if x >= 0.9995 * scale or prefix == "µ":
+            return f"{x / scale:.3g} {prefix}{unit}"
+
+
+#
+# The figure
+#
+
+
+def select_lines(rows, network, cut):
+    """The rows of each line: with canonical convolutions, for a network that has them."""
+    lines = collections.defaultdict(list)
+    for row in rows:
+        if (row["network"], row["cut"], row["derivative"]) == (network, cut, "gradient"):
+            lines[row["peer"]].append(row)
+    shown = {}
+    for peer in STYLES:
+        if peer in lines:
+            shown[peer] = lines.get(f"{peer}, canonical", lines[peer])
+    if "residuum, canonical" in lines:
+        shown["plain loop"] = lines["residuum"]
+    if "torch" in shown and "torch.compile" in shown:  # the faster one
+        last = lambda peer: shown[peer][-1]["run_s"]
+        del shown["torch" if last("torch.compile") < last("torch") else "torch.compile"]
+    return shown
+
+
 def draw(rows, networks, cut, path):
-    columns = {
-        "compile_s": ("trace and compile time [s]", 1),
-        "temp_bytes": ("temporary memory [MB]", 1e-6),
-        "run_s": ("run time of one gradient [s]", 1),
-    }
+    height = 0.9 + 1.75 * len(networks)
     figure, axes = plt.subplots(
         nrows=len(networks),
-        ncols=3,
-        figsize=(10, 2.6 * len(networks)),
+        ncols=len(COLUMNS),
+        figsize=(10.5, height),
         sharex=True,
         squeeze=False,
-        layout="constrained",
     )
-    for network, line in zip(networks, axes, strict=True):
-        for (column, (label, scale)), axis in zip(columns.items(), line, strict=True):
-            for peer, style in STYLES.items():
-                points = [
-                    (row["num_rollout_steps"], row[column] * scale)
-                    for row in rows
-                    if (row["network"], row["cut"], row["peer"]) == (network, cut, peer)
-                    and row[column]
-                ]
-                if points:
-                    marker = MARKERS.get(peer, "o")
-                    x, y = zip(*points, strict=True)
-                    axis.loglog(x, y, marker=marker, markersize=4, label=peer, **style)
-            axis.grid(alpha=0.3)
-            axis.set_title(f"{network}, {cut}: {label}", fontsize=9)
+    figure.subplots_adjust(0.15, 0.55 / height, 0.94, 1 - 0.35 / height, 0.55, 0.2)
+    for network, row_of_axes in zip(networks, axes, strict=True):
+        lines = select_lines(rows, network, cut)
+        name = dict(
+            xycoords="axes fraction", textcoords="offset points", va="center", ha="left"
+        )
+        row_of_axes[0].annotate(network, (0, 0.5), xytext=(-108, 10), weight="bold", **name)
+        if "plain loop" in lines:
+            text = "canonical\nconvolutions"
+            row_of_axes[0].annotate(text, (0, 0.5), xytext=(-108, -8), size=8, **name)
+        for column, axis in zip(COLUMNS, row_of_axes, strict=True):
+            # Of the plain loop only the run time differs.
+            draw_panel(
+                axis,
+                {x: y for x, y in lines.items() if x != "plain loop" or column == "step_s"},
+                column,
+            )
+    for (title, _), axis in zip(COLUMNS.values(), axes[0], strict=True):
+        axis.set_title(title, fontsize=11, loc="left")
+    steps = sorted({row["num_rollout_steps"] for row in rows if row["cut"] == cut})
+    for axis in axes.flat:
+        axis.set_xscale("log")
+        axis.set_xticks(steps, [str(x) for x in steps])
+        axis.set_xlim(steps[0] / 1.3, steps[-1] * 1.3)
+        axis.minorticks_off()
     for axis in axes[-1]:
         axis.set_xlabel("rollout steps T")
-    handles = {}
+    figure.canvas.draw()
     for axis in axes.flat:
-        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7)
+        spread_labels(axis)
     figure.savefig(path, dpi=130)
 
 
-PEERS = ("trainax", "scan", "equinox", "torch", "limit")
+def draw_panel(axis, lines, column):
+    _, unit = COLUMNS[column]
+    values = []
+    for peer, rows in lines.items():
+        points = [(row["num_rollout_steps"], row[column]) for row in rows if row[column]]
+        if not points:
+            continue
+        x, y = zip(*points, strict=True)
+        values.extend(y)
+        style = dict(linewidth=1.3, marker="o", markersize=3) | STYLES[peer]
+        axis.loglog(x, y, **style, zorder=3 if peer == "residuum" else 2)
+        axis.annotate(
+            peer,
+            (x[-1], y[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=style["color"],
+            fontsize=LABEL_SIZE,
+            fontweight="bold" if peer == "residuum" else None,
+            va="center",
+            path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
+            zorder=4,
+        )
+    if values:
+        low, high = min(values), max(values)
+        # At least a factor of four, lest rounding errors look like hills.
+        room = max(4 / (high / low), 1.8) ** 0.5
+        axis.set_ylim(low / room, high * room)
+        axis.set_yticks(select_ticks(*axis.get_ylim()))
+        axis.yaxis.set_major_formatter(lambda y, _: write_plainly(y, unit))
+    axis.tick_params(labelsize=LABEL_SIZE)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
-def print_table(rows, cuts, num_steps):
-    """A line for each network, cut, and choice of our options; each cell has compile time,
-    memory and run time, in bold where a peer is ahead of all that we offer."""
-    groups = collections.defaultdict(dict)
-    for row in rows:
-        if row["num_rollout_steps"] == num_steps and row["cut"] in cuts:
-            groups[row["network"], row["cut"]][row["peer"]] = row
-    print("| network, cut | options | residuum | " + " | ".join(PEERS) + " |")
-    print("| --- | --- |" + " ---: |" * (1 + len(PEERS)))
-    for (network, cut), group in groups.items():
-        ours = [row for peer, row in group.items() if peer not in PEERS]
-        best = {column: min(row[column] for row in ours) for column in UNITS}
-        for i, row in enumerate(ours):
-            options = row["peer"].removeprefix("residuum").lstrip(", ").replace("=", " = ")
-            cells = [f"{network}, {cut}" if i == 0 else "", options, cell(row)]
-            for peer in PEERS:
-                cells.append(cell(group[peer], best) if i == 0 and peer in group else "")
-            print("| " + " | ".join(cells) + " |")
+def select_ticks(low, high):
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for digits in ((1, 2, 5), (1,)):
+        ticks = [digit * 10.0**n for n in exponents for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 5:
+            break
+    return ticks
 
 
-UNITS = {
+def spread_labels(axis):
+    """Moves labels up and down until they touch neither each other nor a line."""
+    point = axis.figure.dpi / 72
+    labels = [label for label in axis.texts if label.get_text() in STYLES]
+    lines = [axis.transData.transform(line.get_xydata()) for line in axis.lines]
+    placed = []
+    for label in sorted(labels, key=lambda label: label.get_text() != "residuum"):
+        box = label.get_window_extent()
+        x = np.linspace(box.x0, box.x1)
+        near = [np.interp(x, *line.T, left=np.nan, right=np.nan) for line in lines]
+        near = np.concatenate([y[~np.isnan(y)] for y in near])
+        center = (box.y0 + box.y1) / 2
+
+        def is_free(shift, box=box, near=near, center=center):
+            y = center + shift * point
+            others = [y for x0, x1, y in placed if x0 < box.x1 and box.x0 < x1]
+            return not (
+                np.any(np.abs(near - y) < 0.55 * LABEL_SIZE * point)
+                or np.any(np.abs(np.array(others) - y) < (LABEL_SIZE + 1) * point)
+            )
+
+        shift = min(filter(is_free, range(-40, 41)), key=abs, default=0)
+        label.set_position((6, shift))
+        placed.append((box.x0, box.x1, center + shift * point))
+
+
+#
+# The tables
+#
+
+
+CELL = {
     "compile_s": lambda x: f"{x:.2f} s",
-    "temp_bytes": lambda x: f"{x / 1e6:.2f} MB",
-    "run_s": lambda x: f"{x * 1e3:.1f} ms",
+    "temp_bytes": lambda x: write_plainly(x, "B"),
+    "run_s": lambda x: write_plainly(x, "s"),
 }
 
 
-def cell(row, best=None):
+def print_table(rows, header, name):
+    """A line for each group of rows of the same `name(row)`, and choice of our options.
+
+    Each cell has compile time, memory and run time, in bold where a peer is ahead of all that
+    we offer in the group by more than 5 %.
+    """
+    groups = collections.defaultdict(dict)
+    for row in rows:
+        groups[name(row)][row["peer"]] = row
+    peers = [peer for peer in PEERS if any(peer in group for group in groups.values())]
+    print(f"| {header} | options | residuum | " + " | ".join(peers) + " |")
+    print("| --- | --- |" + " ---: |" * (1 + len(peers)))
+    for title, group in groups.items():
+        ours = {x: row for x, row in group.items() if x.startswith("residuum")}
+        best = {
+            column: min((row[column] for row in ours.values() if row[column]), default=0)
+            for column in CELL
+        }
+        for peer, row in ours.items():
+            options = peer.removeprefix("residuum").removeprefix(", ")
+            # The peers have no options but the canonical convolutions.
+            suffix = {"": "", "canonical": ", canonical"}.get(options)
+            options = options.replace("=", " = ").replace("canonical", "canonical convolutions")
+            cells = [write_cell(row)]
+            for x in peers:
+                found = suffix is not None and group.get(x + suffix)
+                cells.append(write_cell(found, best) if found else "")
+            print("| " + " | ".join([title, options, *cells]) + " |")
+            title = ""
+    print()
+
+
+def write_cell(row, best=None):
     numbers = []
-    for column, unit in UNITS.items():
-        if row[column]:
-            ahead = best is not None and row[column] < best[column]
-            numbers.append(f"**{unit(row[column])}**" if ahead else unit(row[column]))
+    for column, write in CELL.items():
+        number = write(row[column]) if row[column] else "–"
+        is_ahead = best is not None and row[column] and row[column] * 1.05 < best[column]
+        numbers.append(f"**{number}**" if is_ahead else number)
     return " / ".join(numbers)
 
 
@@ -126,11 +256,24 @@ def main():
     )
     parser.add_argument("--cut", default="bptt=1", help="the cut that the figure is about")
     parser.add_argument("--table-cuts", nargs="+", default=["no cut", "bptt=1", "bptt=5"])
-    parser.add_argument("--steps", type=int, default=50, help="the table's rollout length")
+    parser.add_argument("--steps", type=int, default=50, help="the tables' rollout length")
     args = parser.parse_args()
     rows = read(args.input)
     print(rows[0]["machine"] + "\n")
-    print_table(rows, args.table_cuts, args.steps)
+    selected = [
+        row
+        for row in rows
+        if row["num_rollout_steps"] == args.steps and row["cut"] in args.table_cuts
+    ]
+    gradients = [row for row in selected if row["derivative"] == "gradient"]
+    others = [row for row in selected if row["derivative"] != "gradient"]
+    print_table(gradients, "network, cut", lambda row: f"{row['network']}, {row['cut']}")
+    if others:
+        print_table(
+            others,
+            "derivative, network, cut",
+            lambda row: f"{row['derivative']}, {row['network']}, {row['cut']}",
+        )
     networks = list(dict.fromkeys(row["network"] for row in rows))
     draw(rows, networks, args.cut, args.output)
 

@@ -8,37 +8,62 @@ times are medians. Before it is timed, every peer has to return the same loss.
 The peers:
 
 - `residuum`, with its defaults, and with the options that its user would choose:
-  `checkpoint=True` where nothing is cut, `unroll=5` for segments of 5 steps, and
-  `unroll=True` for convolutions on a CPU;
+  `checkpoint=True` or, for 50 steps and more, `checkpoint=k` with k near the root of their
+  number, where nothing is cut; `unroll=5` for segments of 5 steps; and `unroll=True` for
+  convolutions on a CPU;
 - `trainax`: `trainax.configuration.Residuum`, a Python loop;
 - `scan`: a `jax.lax.scan` as one writes it by hand, with `stop_gradient` under a mask;
 - `equinox`: the same with `equinox.internal.scan(kind="checkpointed")`;
 - `torch`: eager PyTorch with a `backward()` for each segment, if it is installed;
-- `limit`: as many calls of a jitted one-step value and gradient as there are steps.
+- `torch.compile`: the same with the time step, i.e., network and residuum, compiled, without
+  what earlier runs left in its caches. Its compile time is that of the first call less a later
+  one, in a process that has compiled before;
+- `limit`: as many calls of a jitted one-step value and gradient as there are steps;
+- `..., canonical`: of a convolutional network, the same with `canonical_convolutions` of
+  `examples/convolutions_on_cpu.py`. `unroll=True` has no such row, since it is straight code.
+  So is trainax, which has one to show that nothing changes.
+
+Derivatives other than the gradient are measured for the MLP and 50 steps: `forward` is
+`jax.jvp` of the loss with respect to the parameters, and `hvp` a Hessian-vector product,
+forward over reverse. The direction is the parameters themselves. The checkpointed scan of
+equinox has no forward mode.
+
+What is left out for the sake of time: Python loops, and PyTorch, of more than 50 steps (a
+U-Net: 5, and no PyTorch); more than 200 steps of convolutions in 2D, and 50 of the U-Net;
+`bptt=5` for these two, and for the others at all lengths but 50. `--cuts` and `--steps` measure
+more. A program that would run for more than 20 s, judged by the shorter rollouts, is compiled
+but not run: of convolutions in 2D only the canonical ones run for 50 steps and more.
 
 What this shows on two CPU cores:
 
 - Truncated and streamed, a gradient keeps to the memory of one segment, and is as fast as the
   plain scan or up to a fifth faster, at the same arithmetic.
-- A convolution in a loop body (jax-ml/jax#12868) costs more than all else: two to four times
-  the run time of `unroll=True`, which compiles as long as trainax does.
+- A convolution in a loop body (jax-ml/jax#12868) costs more than all else: with JAX 0.12 6 to
+  30 times the run time of `unroll=True`, which compiles as long as trainax does. Canonical, it
+  is about as fast in a loop as without, and compiles as fast as any loop.
 - In segments of 5 steps JAX stacks what each step leaves for the backward pass. Unrolled,
   they are faster for FNO and convolution, and slower for the MLP.
+- `torch.compile` compiles all networks that PyTorch takes part with, without a graph break. In
+  the FNO it has no code for complex numbers, says so, and calls the kernels of eager PyTorch
+  there, as it does for convolutions.
 
-    python benchmarks/rollout_cost.py            everything, about 25 minutes on two cores
-    python benchmarks/rollout_cost.py --quick    a selection, about a minute
-    python benchmarks/draw.py                    the figure and the table from the CSV file
+    python benchmarks/rollout_cost.py            everything, about 45 minutes on two cores
+    python benchmarks/rollout_cost.py --quick    a selection, a minute (PyTorch: one more)
+    python benchmarks/draw.py                    the figure and the tables from the CSV file
 """
 
 import argparse
+import collections
 import csv
-import itertools
 import os
 import pathlib
 import platform
 import random
+import re
 import statistics
+import sys
 import time
+import warnings
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -52,8 +77,13 @@ from tqdm import tqdm
 from residuum import Cuts, residuum_loss
 
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
+from convolutions_on_cpu import canonical_convolutions
+
+
 # PyTorch's idle threads would spin for a while and disturb whoever runs next.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 try:
     import torch
 except ImportError:
@@ -63,14 +93,22 @@ except ImportError:
 BATCH_SIZE = 16
 NUM_POINTS = 128  # in 1D; 32² in 2D
 CUTS = {"no cut": False, "bptt=1": 1, "bptt=5": 5}
-NUM_STEPS = (1, 5, 10, 50, 200, 1000)
-CONVOLUTIONAL = ("conv 1D", "conv 2D", "U-Net")
+NUM_STEPS = {  # unless `--steps` says otherwise
+    "no cut": (1, 5, 50, 200, 1000),
+    "bptt=1": (5, 50, 200, 1000),
+    "bptt=5": (50,),
+}
+CONVOLUTIONAL = ("FNO", "conv 1D", "conv 2D", "U-Net")  # of an FNO those of width 1
+CHECKPOINT_EVERY = {50: 10, 200: 20, 1000: 25}  # near the root, and a divisor
 
 # What is left out because it takes too long or too much memory
+FEW_CUTS = ("conv 2D", "U-Net")  # no `bptt=5`, unless `--cuts` says otherwise
 MAX_PYTHON_LOOP = {"MLP": 50, "FNO": 50, "conv 1D": 50, "conv 2D": 50, "U-Net": 5}
-MAX_STEPS = {"MLP": 1000, "FNO": 1000, "conv 1D": 1000, "conv 2D": 50, "U-Net": 50}
+MAX_STEPS = {"MLP": 1000, "FNO": 1000, "conv 1D": 1000, "conv 2D": 200, "U-Net": 50}
 MAX_TORCH = 50
 MAX_TEMPORARIES = 4e9
+MAX_RUN_S = 20
+ROUNDS = {5: 1, 2: 3, 0: 5}  # what runs so many seconds runs so often, at least
 
 
 #
@@ -145,9 +183,9 @@ class FNO(eqx.Module):
     def __call__(self, u):
         hidden = self.lift(u)
         num_modes = self.spectral_weights.shape[-1]
-        for (re, im), bypass in zip(self.spectral_weights, self.bypasses, strict=True):
+        for (real, imag), bypass in zip(self.spectral_weights, self.bypasses, strict=True):
             modes = jnp.fft.rfft(hidden)[:, :num_modes]
-            modes = jnp.einsum("iom,im->om", re + 1j * im, modes)
+            modes = jnp.einsum("iom,im->om", real + 1j * imag, modes)
             padding = ((0, 0), (0, hidden.shape[-1] // 2 + 1 - num_modes))
             spectral = jnp.fft.irfft(jnp.pad(modes, padding), n=hidden.shape[-1])
             hidden = jax.nn.relu(spectral + bypass(hidden))
@@ -216,11 +254,15 @@ def equinox_scan(step, init, xs):
     return eqxi.scan(step, init, xs, kind="checkpointed")
 
 
-def select_peers(network_name, cut_name, num_steps):
+def select_peers(network_name, cut_name, num_steps, derivative):
+    """The loss of every peer, and the transformation that its derivative goes through."""
     peers = {"residuum": residuum_peer()}
     if num_steps > 1:
         if cut_name == "no cut":
             peers["residuum, checkpoint"] = residuum_peer(checkpoint=True)
+            if num_steps in CHECKPOINT_EVERY:
+                k = CHECKPOINT_EVERY[num_steps]
+                peers[f"residuum, checkpoint={k}"] = residuum_peer(checkpoint=k)
         if cut_name == "bptt=5" and num_steps > 5:
             peers["residuum, unroll=5"] = residuum_peer(unroll=5)
         if network_name in CONVOLUTIONAL and num_steps <= MAX_PYTHON_LOOP[network_name]:
@@ -228,21 +270,38 @@ def select_peers(network_name, cut_name, num_steps):
     if num_steps <= MAX_PYTHON_LOOP[network_name]:
         peers["trainax"] = trainax_loss
     peers["scan"] = scan_peer(jax.lax.scan)
-    peers["equinox"] = scan_peer(equinox_scan)
-    return peers
+    if derivative != "forward":
+        peers["equinox"] = scan_peer(equinox_scan)
+
+    selected = {peer: (loss, lambda fun: fun) for peer, loss in peers.items()}
+    if network_name in CONVOLUTIONAL and num_steps > 1:
+        for peer, loss in peers.items():
+            if peer != "residuum, unroll=True":
+                selected[f"{peer}, canonical"] = (loss, canonical_convolutions)
+    return selected
 
 
-def compile_peer(loss, network, data, num_steps, k):
+# Of a function `loss` of the parameters. What comes first is compared before it is timed
+DERIVATIVES = {
+    "gradient": lambda loss, params: jax.value_and_grad(loss)(params),
+    "forward": lambda loss, params: jax.jvp(loss, (params,), (params,))[::-1],
+    "hvp": lambda loss, params: jax.jvp(jax.grad(loss), (params,), (params,))[::-1],
+}
+
+
+def compile_peer(
+    loss, network, data, num_steps, k, derivative="gradient", transform=lambda fun: fun
+):
     """Returns a program of no arguments, and its trace time, compile time and memory."""
     params, static = eqx.partition(network, eqx.is_array)
 
-    def value_and_grad(params, data):
-        return jax.value_and_grad(
-            lambda params: loss(eqx.combine(params, static), data, num_steps, k)
-        )(params)
+    def differentiate(params, data):
+        return DERIVATIVES[derivative](
+            lambda params: loss(eqx.combine(params, static), data, num_steps, k), params
+        )
 
     start = time.perf_counter()
-    lowered = jax.jit(value_and_grad).lower(params, data)
+    lowered = jax.jit(transform(differentiate)).lower(params, data)
     traced = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
@@ -259,15 +318,8 @@ def compile_peer(loss, network, data, num_steps, k):
 #
 
 
-def torch_program(name, network, data, num_steps, k):
-    """The program, or None for a network that has no twin here, or for a long rollout."""
-    if torch is None or name == "U-Net" or num_steps > MAX_TORCH:
-        return None
-    params, static = eqx.partition(network, eqx.is_array)
-    leaves, treedef = jax.tree.flatten(params)
-    tensors = [torch.tensor(np.asarray(x), requires_grad=True) for x in leaves]
-    twin = eqx.combine(jax.tree.unflatten(treedef, tensors), static)
-    u_0 = torch.tensor(np.asarray(data[:, 0]))
+def torch_step(name):
+    """The time step, a function of network and state. Returns the next state and its loss."""
     nn = torch.nn.functional
 
     def convolve(layer, x):
@@ -276,13 +328,13 @@ def torch_program(name, network, data, num_steps, k):
         x = nn.pad(x, pad, mode="circular") if any(pad) else x
         return (nn.conv1d if dims == 1 else nn.conv2d)(x, layer.weight, layer.bias.flatten())
 
-    def stepper(u):
+    def stepper(twin, u):
         if name == "FNO":
             hidden = convolve(twin.lift, u)
             num_modes = twin.spectral_weights.shape[-1]
-            for (re, im), bypass in zip(twin.spectral_weights, twin.bypasses, strict=True):
+            for (real, imag), bypass in zip(twin.spectral_weights, twin.bypasses, strict=True):
                 modes = torch.fft.rfft(hidden)[..., :num_modes]
-                modes = torch.einsum("iom,bim->bom", torch.complex(re, im), modes)
+                modes = torch.einsum("iom,bim->bom", torch.complex(real, imag), modes)
                 spectral = torch.fft.irfft(modes, n=hidden.shape[-1])
                 hidden = torch.relu(spectral + convolve(bypass, hidden))
             return u + convolve(twin.project, hidden)
@@ -295,22 +347,63 @@ def torch_program(name, network, data, num_steps, k):
             hidden = torch.relu(apply(layer, hidden))
         return u + apply(twin.layers[-1], hidden)
 
-    def program():
-        for tensor in tensors:
-            tensor.grad = None
-        total, segment_loss, u_prev = 0.0, 0.0, u_0
+    def step(twin, u_prev):
+        u_next = stepper(twin, u_prev)
+        residuum = heat_residuum(u_next, u_prev, roll=torch.roll)
+        return u_next, torch.mean(residuum**2)
+
+    return step
+
+
+def torch_programs(name, network, data, num_steps, k, derivative):
+    """The programs, unless the network has no twin here, or the rollout is long."""
+    if torch is None or name == "U-Net" or num_steps > MAX_TORCH:
+        return {}
+    params, static = eqx.partition(network, eqx.is_array)
+    leaves, treedef = jax.tree.flatten(params)
+    params = [torch.tensor(np.asarray(x), requires_grad=True) for x in leaves]
+    u_0 = torch.tensor(np.asarray(data[:, 0]))
+    step = torch_step(name)
+
+    def segments(step, params):
+        """The loss of one segment after the other."""
+        twin = eqx.combine(jax.tree.unflatten(treedef, params), static)
+        segment_loss, u_prev = 0.0, u_0
         for t in range(num_steps):
-            u_next = stepper(u_prev)
-            residuum = heat_residuum(u_next, u_prev, roll=torch.roll)
-            segment_loss = segment_loss + torch.mean(residuum**2)
-            u_prev = u_next
+            u_prev, level_loss = step(twin, u_prev)
+            segment_loss = segment_loss + level_loss
             if t == num_steps - 1 or (k is not False and (t + 1) % k == 0):
-                segment_loss.backward()
-                total, segment_loss = total + float(segment_loss), 0.0
-                u_prev = u_next.detach()
+                yield segment_loss
+                segment_loss, u_prev = 0.0, u_prev.detach()
+
+    def gradient(step):
+        total = 0.0
+        for x in params:
+            x.grad = None
+        for segment_loss in segments(step, params):
+            segment_loss.backward()
+            total += segment_loss.item()
         return total
 
-    return program
+    if derivative == "gradient":
+        # What was compiled is kept by the code of `step`, which is the same for all networks.
+        torch.compiler.reset()
+        compiled_step = torch.compile(step)
+        return {
+            "torch": lambda: gradient(step),
+            "torch.compile": lambda: gradient(compiled_step),
+        }
+
+    loss = lambda params: sum(segments(step, params))
+    fun = loss if derivative == "forward" else torch.func.grad(loss)
+    direction = [x.detach() for x in params]
+    return {"torch": lambda: torch.func.jvp(fun, (direction,), (direction,))[1]}
+
+
+def start_torch_compiler():
+    """The first compilation of a process takes seconds more than any other."""
+    x = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: torch.sum(x**2))(x).backward()
 
 
 #
@@ -318,40 +411,69 @@ def torch_program(name, network, data, num_steps, k):
 #
 
 
-def measure(name, network, data, cut_name, num_steps, limit, seconds):
-    """A row of the table for every peer."""
+def flatten(value):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(value)])
+
+
+def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds, step_s):
+    """A row of the table for every peer.
+
+    `step_s` has the run time for each time step of the peers, from the shorter rollouts; that
+    of this one is added.
+    """
     k = CUTS[cut_name]
     programs, rows = {}, {}
-    for peer, loss in select_peers(name, cut_name, num_steps).items():
-        program, costs = compile_peer(loss, network, data, num_steps, k)
-        rows[peer] = costs
-        if costs["temp_bytes"] <= MAX_TEMPORARIES:
+    for peer, (loss, transform) in select_peers(name, cut_name, num_steps, derivative).items():
+        program, rows[peer] = compile_peer(
+            loss, network, data, num_steps, k, derivative, transform
+        )
+        similar = re.sub(r"=\d+", "", peer)  # of another k
+        is_fast = step_s.get(similar, 0) * num_steps <= MAX_RUN_S
+        if is_fast and rows[peer]["temp_bytes"] <= MAX_TEMPORARIES:
             programs[peer] = program
-    torch_peer = torch_program(name, network, data, num_steps, k)
-    if torch_peer is not None:
-        programs["torch"], rows["torch"] = torch_peer, {}
+    for peer, program in torch_programs(name, network, data, num_steps, k, derivative).items():
+        programs[peer], rows[peer] = program, {}
+    if "torch.compile" in programs:
+        calls = [time_call(programs["torch.compile"]) for _ in range(3)]
+        rows["torch.compile"]["compile_s"] = calls[0] - calls[-1]
 
-    expected = float(programs["residuum"]())
-    for peer, program in programs.items():
-        np.testing.assert_allclose(float(program()), expected, rtol=1e-3, err_msg=peer)
+    values = {peer: flatten(program()) for peer, program in programs.items()}
+    # An untrained network diverges in a longer rollout, and then there is nothing to compare.
+    for peer, value in values.items() if num_steps <= 50 else ():
+        expected = next(iter(values.values()))
+        error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
+        if not error < 1e-3:
+            raise AssertionError(f"{peer} has a relative error of {error} in {derivative}")
 
     limit_steps = min(num_steps, 10)
-    programs["limit"], rows["limit"] = lambda: [limit() for _ in range(limit_steps)], {}
+    if derivative == "gradient":
+        programs["limit"], rows["limit"] = lambda: [limit() for _ in range(limit_steps)], {}
     times = {peer: [] for peer in programs}
     deadline = time.perf_counter() + seconds
-    while len(times["limit"]) < 5 or (
-        time.perf_counter() < deadline and len(times["limit"]) < 50
-    ):
+    while unfinished := [p for p in programs if not is_measured(times[p], deadline)]:
         # In random order: who runs behind a peer of as much memory finds it mapped already.
-        for peer in random.sample(list(programs), len(programs)):
-            start = time.perf_counter()
-            programs[peer]()
-            times[peer].append(time.perf_counter() - start)
+        for peer in random.sample(unfinished, len(unfinished)):
+            times[peer].append(time_call(programs[peer]))
     for peer, samples in times.items():
         rows[peer]["run_s"] = statistics.median(samples)
-    rows["limit"]["run_s"] *= num_steps / limit_steps
-    for peer, row in rows.items():
-        yield dict(network=name, cut=cut_name, num_rollout_steps=num_steps, peer=peer, **row)
+        step_s[re.sub(r"=\d+", "", peer)] = rows[peer]["run_s"] / num_steps
+    if "limit" in rows:
+        rows["limit"]["run_s"] *= num_steps / limit_steps
+    case = dict(network=name, cut=cut_name, num_rollout_steps=num_steps, derivative=derivative)
+    return [case | dict(peer=peer, **row) for peer, row in rows.items()]
+
+
+def time_call(program):
+    start = time.perf_counter()
+    program()
+    return time.perf_counter() - start
+
+
+def is_measured(samples, deadline):
+    run_time = statistics.median(samples or [0])
+    num_rounds = next(rounds for seconds, rounds in ROUNDS.items() if run_time >= seconds)
+    time_is_up = time.perf_counter() > deadline
+    return len(samples) >= num_rounds and (time_is_up or len(samples) >= 50)
 
 
 def machine():
@@ -366,8 +488,25 @@ def machine():
     return ", ".join([model, *versions])
 
 
-FIELDS = ["network", "cut", "num_rollout_steps", "peer"]
+FIELDS = ["network", "cut", "num_rollout_steps", "derivative", "peer"]
 FIELDS += ["trace_s", "compile_s", "temp_bytes", "run_s", "machine"]
+
+
+def select_cases(name, cuts, steps):
+    """Cut, number of steps and derivative of all that is measured for a network.
+
+    What the options do not ask for, where they are `None`, is selected such that it takes
+    half an hour.
+    """
+    for cut in cuts or CUTS:
+        if cuts is None and cut == "bptt=5" and name in FEW_CUTS:
+            continue
+        for num_steps in steps or NUM_STEPS[cut]:
+            if num_steps > (CUTS[cut] or 0) and num_steps <= MAX_STEPS[name]:
+                yield cut, num_steps, "gradient"
+                if name == "MLP" and num_steps == 50 and cut != "bptt=5":
+                    yield cut, num_steps, "forward"
+                    yield cut, num_steps, "hvp"
 
 
 def main():
@@ -376,8 +515,8 @@ def main():
     )
     names = ("MLP", "FNO", "conv 1D", "conv 2D", "U-Net")
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--cuts", nargs="+", default=tuple(CUTS), choices=tuple(CUTS))
-    parser.add_argument("--steps", nargs="+", type=int, default=NUM_STEPS)
+    parser.add_argument("--cuts", nargs="+", choices=tuple(CUTS))
+    parser.add_argument("--steps", nargs="+", type=int)
     parser.add_argument("--seconds", type=float, default=1.0, help="of runs for each row")
     parser.add_argument("--quick", action="store_true", help="MLP and FNO, few steps")
     parser.add_argument(
@@ -386,30 +525,36 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.networks, args.steps, args.seconds = ("MLP", "FNO"), (1, 10), 0.5
-    rollouts = [
-        (cut, num_steps)
-        for cut, num_steps in itertools.product(args.cuts, args.steps)
-        if cut == "no cut" or num_steps > (CUTS[cut] or 0)
-    ]
+    cases = {name: list(select_cases(name, args.cuts, args.steps)) for name in args.networks}
 
     print(machine())
+    if torch is not None:
+        warnings.filterwarnings("ignore", module="torch")  # on complex numbers, see above
+        start_torch_compiler()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         args.output.open("w", newline="") as file,
-        tqdm(total=len(args.networks) * len(rollouts)) as progress,
+        tqdm(total=sum(map(len, cases.values()))) as progress,
     ):
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         for name, network, data in make_problems(args.networks):
             limit, _ = compile_peer(residuum_peer(), network, data, 1, False)
-            for cut, num_steps in rollouts:
-                progress.set_description(f"{name}, {cut}, {num_steps} steps")
-                if num_steps <= MAX_STEPS[name]:
-                    for row in measure(
-                        name, network, data, cut, num_steps, limit, args.seconds
-                    ):
-                        writer.writerow(row | dict(machine=machine()))
-                    file.flush()
+            step_s = collections.defaultdict(dict)
+            for case in cases[name]:
+                cut, num_steps, derivative = case
+                progress.set_description(f"{name}, {cut}, {num_steps} steps, {derivative}")
+                rows = measure(
+                    name,
+                    network,
+                    data,
+                    *case,
+                    limit,
+                    args.seconds,
+                    step_s[cut, derivative],
+                )
+                writer.writerows(row | dict(machine=machine()) for row in rows)
+                file.flush()
                 progress.update()
 
 

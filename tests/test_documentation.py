@@ -330,6 +330,6 @@ def test_the_packages_of_the_blocks_are_those_of_the_tests():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     names = {re.split(r"\W", name)[0] for name in extras["test"] + extras["examples"]}
-    known = {"functools", "pathlib", "jax", "numpy", *names}
+    known = {"functools", "pathlib", "jax", "numpy", "convolutions_on_cpu", *names}
     text = "".join(block for _, program in PROGRAMS for block in program)
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) <= known
