@@ -6,19 +6,28 @@ in it. The loss is called as on one device. What a process has to do is to join 
 (`jax.distributed.initialize`), and to load its own part of each batch
 (`jax.make_array_from_process_local_data`). The result is that of one process, up to rounding.
 
+If a process dies, all others end, too. With `--checkpoint DIR`, the same command then goes on
+from the last checkpoint, also with another number of processes.
+
     python examples/data_parallel.py --num-processes 2        two processes on this machine
     srun python examples/data_parallel.py --cluster           what SLURM has started, say
     python examples/data_parallel.py --quick                  in seconds, to see that it runs
 """
 
 import argparse
+import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
+import traceback
+from functools import partial
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from burgers import (
@@ -33,34 +42,110 @@ from burgers import (
     rollout,
     TEST_STEPS,
 )
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 from residuum import residuum_loss
 
 
-def launch(num_processes):
-    """Starts this program once for each process, on this machine."""
+# Of a process that has not been heard of for so many seconds, all others think that it is
+# dead, and end. JAX's own 100 seconds are for machines that are farther apart.
+HEARTBEAT_TIMEOUT = 20
+
+
+#
+# Processes
+#
+
+
+def launch(args):
+    """Starts this program once for each process, on this machine. Ends all if one of them
+    ends with an error; returns what has happened then."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process-id"]
-    processes = [subprocess.Popen([*command, str(i)]) for i in range(num_processes)]
-    return max(process.wait() for process in processes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of `finally`
+    processes: list[subprocess.Popen] = []
+    try:
+        for i in range(args.num_processes):
+            processes.append(subprocess.Popen([*command, str(i)]))
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()  # JAX does not end at SIGTERM, which it takes for an announcement
+            process.wait()
+    for i, code in enumerate(codes):
+        if code:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            again = "starts anew, for want of --checkpoint"
+            if args.checkpoint:
+                again = f"goes on from the last checkpoint in {args.checkpoint}"
+            return f"\nProcess {i} died ({how}), so all were ended. The same command {again}."
+    return None
 
 
 def join(args):
     if args.cpu_devices:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    if args.cluster:
-        jax.distributed.initialize()  # finds the others by what the cluster says
-    elif args.num_processes > 1:
+    if args.cluster or args.num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        initialize = partial(
+            jax.distributed.initialize, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+        )
+        if args.cluster:  # finds the others by what the cluster says
+            initialize()
+        else:
+            initialize(args.coordinator, args.num_processes, args.process_id)
 
 
-def train(stepper, train_set, *, num_updates, num_rollout_steps, seed):
-    """Returns the trained stepper and the history of the loss."""
+#
+# Checkpoints
+#
+
+# Equinox's serialisation rather than Orbax: the state of training is small, and whole on each
+# device, so one file that process 0 writes is all of it, and knows of no number of processes.
+# A state that is spread over the processes is for Orbax, by which each writes its own part.
+
+
+def save(path, training):
+    """Puts a whole checkpoint in the place of the last one: killed at any time, this leaves
+    the one or the other."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        eqx.tree_serialise_leaves(file, training)
+        file.flush()
+        os.fsync(file.fileno())  # in case that the machine dies, too
+    unfinished.replace(path)
+
+
+def restore(path, training):
+    """What process 0 has saved, or `training` if it has not, in all processes."""
+    if jax.process_index() == 0 and path.exists():
+        training = eqx.tree_deserialise_leaves(path, training)
+    # Only process 0 reads, so that all go on from the same update, whatever they see on disk.
+    return multihost_utils.broadcast_one_to_all(training)
+
+
+#
+# Training
+#
+
+
+def train(
+    stepper,
+    train_set,
+    *,
+    num_updates,
+    num_rollout_steps,
+    seed,
+    checkpoint=None,
+    checkpoint_every=100,
+):
+    """Returns the trained stepper and the history of the loss. Goes on from the file
+    `checkpoint` if it is there, and writes it."""
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     on_all_devices, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
@@ -71,53 +156,60 @@ def train(stepper, train_set, *, num_updates, num_rollout_steps, seed):
         options = dict(num_rollout_steps=num_rollout_steps, unroll=True)
         return residuum_loss(stepper, data, crank_nicolson, **options)
 
-    @jax.jit
-    def update(params, opt_state, data):
+    @partial(jax.jit, out_shardings=on_all_devices)
+    def update(training, data):
+        params, opt_state, history, i = training
         loss, grads = jax.value_and_grad(loss_fn)(params, data)
         updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, history.at[i].set(loss), i + 1
 
-    state = jax.device_put((params, optimizer.init(params)), on_all_devices)
-    # All processes draw the same samples, and each loads those that are its own.
-    rng = np.random.default_rng(seed)
+    # All that training goes on from.
+    training = params, optimizer.init(params), jnp.zeros(num_updates), jnp.array(0)
+    if checkpoint:
+        training = restore(checkpoint, training)
+    start = int(training[-1])
+    training = jax.device_put(training, on_all_devices)
+
+    is_first = jax.process_index() == 0
+    if is_first and start > 0:
+        print(f"goes on after {start} of {num_updates} updates", flush=True)
     per_process = BATCH_SIZE // jax.process_count()
     own = slice(jax.process_index() * per_process, (jax.process_index() + 1) * per_process)
-    history = []
-    for _ in tqdm(range(num_updates), disable=jax.process_index() != 0):
+    updates = range(start, num_updates)
+    for i in tqdm(updates, initial=start, total=num_updates, disable=not is_first):
+        # All processes draw the same samples, which depend on nothing but the number of the
+        # update, and each loads those that are its own.
+        rng = np.random.default_rng((seed, i))
         samples = rng.choice(NUM_TRAIN, BATCH_SIZE, replace=False)[own]
         local_data = train_set[samples][:, None]  # [own batch, num_snapshots, channels, points]
         data = jax.make_array_from_process_local_data(split, local_data)
-        *state, loss = update(*state, data)
-        history.append(loss)
-    return eqx.combine(jax.device_get(state[0]), static), np.array(history)
+        training = update(training, data)
+        is_due = (i + 1) % checkpoint_every == 0 or i + 1 == num_updates
+        if checkpoint and is_first and is_due:
+            save(checkpoint, jax.device_get(training))
+    params, _, history, _ = jax.device_get(training)
+    return eqx.combine(params, static), history
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=1500)
-    parser.add_argument("--rollout-steps", type=int, default=5)
-    parser.add_argument("--num-processes", type=int, default=1)
-    parser.add_argument("--cpu-devices", type=int, help="virtual devices of each process")
-    parser.add_argument("--cluster", action="store_true", help="started by a cluster")
-    parser.add_argument("--output", type=pathlib.Path, help="CSV file of the loss history")
-    parser.add_argument("--quick", action="store_true", help="20 updates")
-    parser.add_argument("--coordinator", help=argparse.SUPPRESS)
-    parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.num_processes > 1 and args.process_id is None:
-        sys.exit(launch(args.num_processes))
+def run(args):
     join(args)
+    num_updates = 20 if args.quick else args.updates
+    checkpoint = None
+    if args.checkpoint:
+        # The name says whose it is: another training in the same folder is not mixed up.
+        name = f"seed_{args.seed}_updates_{num_updates}_rollout_steps_{args.rollout_steps}"
+        checkpoint = args.checkpoint / f"{name}.eqx"
+        args.checkpoint.mkdir(parents=True, exist_ok=True)
 
     train_key, test_key, model_key = jax.random.split(jax.random.key(args.seed), 3)
     stepper, history = train(
         ConvNet(key=model_key),
         np.asarray(initial_conditions(NUM_TRAIN, train_key)),
-        num_updates=20 if args.quick else args.updates,
+        num_updates=num_updates,
         num_rollout_steps=args.rollout_steps,
         seed=args.seed,
+        checkpoint=checkpoint,
+        checkpoint_every=args.checkpoint_every,
     )
     if jax.process_index() == 0:
         test_set = initial_conditions(NUM_TEST, test_key)
@@ -128,6 +220,34 @@ def main():
         print(f"nRMSE after {TEST_STEPS} steps: {error[TEST_STEPS]:.4f}")
         if args.output:
             np.savetxt(args.output, history, header="loss")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--rollout-steps", type=int, default=5)
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder to save to, go on from")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="updates")
+    parser.add_argument("--num-processes", type=int, default=1)
+    parser.add_argument("--process-id", type=int, help="if not all are started from here")
+    parser.add_argument("--coordinator", help="host:port of process 0, with --process-id")
+    parser.add_argument("--cluster", action="store_true", help="started by a cluster")
+    parser.add_argument("--cpu-devices", type=int, help="virtual devices of each process")
+    parser.add_argument("--output", type=pathlib.Path, help="CSV file of the loss history")
+    parser.add_argument("--quick", action="store_true", help="20 updates")
+    args = parser.parse_args()
+    if args.num_processes > 1 and args.process_id is None:
+        sys.exit(launch(args))
+    try:
+        run(args)
+    except Exception:
+        # At once: what JAX does when a program ends is to wait for the other processes, which
+        # in turn wait for this one in the next update.
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

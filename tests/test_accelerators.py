@@ -1,0 +1,292 @@
+"""Accelerators that are not there: XLA compiles for them, and tells memory and communication.
+
+A TPU's compiler is libtpu, for x86-64 Linux (`pip install ".[test,tpu]"`), and that of an
+NVIDIA GPU a plugin of JAX (`".[test,gpu]"`). Without them only the export is tested here. What
+no compiler tells needs the device: values and gradients, which all other rooms test where they
+run (`JAX_PLATFORMS=cuda,cpu python -m pytest`), and speed.
+"""
+
+import concurrent.futures
+import functools
+import importlib.metadata
+import itertools
+import multiprocessing
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from common import ROOT
+from jax import export
+
+from residuum import Cuts, residuum_loss
+from test_residuum import also_slow, assert_close, FLAGS, SINGLE_TOLERANCE, slow
+
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+COMPILERS = {"v5e:2x2": "libtpu", "H100:8": "jax-cuda12-plugin"}
+
+
+def is_installed(distribution):
+    try:
+        return bool(importlib.metadata.version(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def needs(target):
+    distribution = COMPILERS[target]
+    reason = f"needs {distribution}"
+    return pytest.param(
+        target, marks=pytest.mark.skipif(not is_installed(distribution), reason=reason)
+    )
+
+
+on_all_targets = pytest.mark.parametrize("target", [needs(target) for target in COMPILERS])
+on_tpu = pytest.mark.parametrize("target", [needs("v5e:2x2")])
+
+
+#
+# A process of its own: what a compiler needs of the environment and of JAX's configuration is
+# not what the other rooms need, and if it crashes, this room alone fails
+#
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Calls a function of this module where compilers may be loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        patch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # programs that never run
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(1, context, as_users_have_it)
+        pool.submit(int).result()  # starts it
+    with pool:
+        yield lambda *call, **options: pool.submit(*call, **options).result()
+
+
+def as_users_have_it():
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_default_matmul_precision", None)
+    sys.path.append(str(ROOT / "benchmarks"))
+
+
+def describe(target, network, cut, num_steps, way="shard_map", loss="residuum", **options):
+    """What the benchmark says of a program."""
+    import accelerators
+
+    case = accelerators.Case(network, way, loss, cut, options, num_steps)
+    return accelerators.describe_program(target, case)
+
+
+#
+# Every option
+#
+
+
+def cuts_by_name(name, mask):
+    cuts = {"none": Cuts(), "1": Cuts(1), "2": Cuts(2), "mask": Cuts(mask)}
+    return cuts | {"prev": Cuts(prev=True, next=mask)}
+
+
+OPTIONS = [
+    dict(zip(("num_rollout_steps", "checkpoint", "unroll", "has_aux"), values, strict=True))
+    for values in itertools.product((1, 5), (False, True, 2), (1, True), FLAGS)
+]
+
+
+def evaluate_everything(params, data, masks, cut, **options):
+    """The loss of a state with leaves of every kind: real, complex, narrow, integer."""
+
+    def stepper(state):
+        u = jnp.tanh(params["w"] @ state["u"] + state["narrow"][0].astype(jnp.float32))
+        z = params["z"] * state["z"] / (1 + jnp.mean(u**2))
+        narrow = jnp.tanh(params["narrow"] * state["narrow"])
+        return {"u": u, "z": z, "narrow": narrow, "n": state["n"] + 1}
+
+    def residuum_fn(u_next, u_prev):
+        linear = [u_next[name] - u_prev[name] for name in ("z", "narrow")]
+        return linear, u_next["u"] - u_prev["u"] ** 2
+
+    mask = masks[: options["num_rollout_steps"]]
+    cuts = cuts_by_name(cut, mask)[cut]
+    return residuum_loss(stepper, data, residuum_fn, cuts=cuts, **options)
+
+
+def values_and_grads(cut, all_options, params, data, masks):
+    """One program for all: what takes the compiler's time is how many there are."""
+    return [
+        jax.value_and_grad(
+            functools.partial(evaluate_everything, cut=cut, **options),
+            has_aux=options["has_aux"],
+        )(params, data, masks)
+        for options in all_options
+    ]
+
+
+def inputs_of_every_kind(make, batch=8):
+    """Params, data and masks, by `make(shape, dtype, is_batch)`."""
+    params = {
+        "w": make((4, 4), jnp.float32, False),
+        "z": make((3,), jnp.complex64, False),
+        "narrow": make((4,), jnp.bfloat16, False),
+    }
+    data = {
+        "u": make((batch, 1, 4), jnp.float32, True),
+        "z": make((batch, 1, 3), jnp.complex64, True),
+        "narrow": make((batch, 1, 4), jnp.bfloat16, True),
+        "n": make((batch, 1), jnp.int32, True),
+    }
+    return params, data, make((5,), jnp.bool, False)
+
+
+def compile_every_option(target, cut):
+    """Numbers of programs and of finished compilations."""
+    import accelerators
+    import numpy as np
+
+    topology = accelerators.make_topology(target)
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("batch",))
+
+    def make(shape, dtype, is_batch):
+        spec = jax.sharding.PartitionSpec("batch") if is_batch else jax.sharding.PartitionSpec()
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    function = functools.partial(values_and_grads, cut, OPTIONS)
+    platform = accelerators.TARGETS[target].platform
+    compiled = accelerators.compile_program(platform, function, inputs_of_every_kind(make))
+    return [[x.dtype.name for x in jax.tree.leaves(out)] for out in compiled.out_info]
+
+
+@on_all_targets
+@pytest.mark.parametrize("cut", also_slow("none", "2", slowly=["1", "mask", "prev"]))
+def test_every_combination_of_options_compiles(compiler, target, cut):
+    outputs = compiler(compile_every_option, target, cut)
+    assert len(outputs) == len(OPTIONS)
+    for options, dtypes in zip(OPTIONS, outputs, strict=True):
+        loss, *rest = dtypes
+        assert loss == "float32"
+        assert rest[-3:] == ["bfloat16", "float32", "complex64"]  # gradients of the parameters
+        assert ("int32" in rest) == options["has_aux"]  # the final state
+
+
+@pytest.mark.parametrize("cut", also_slow("none", "2", slowly=["1", "mask", "prev"]))
+def test_exports_for_all_platforms_at_once(cut):
+    """Needs no compiler. On the platform at hand it comes back and computes the same."""
+    ones = lambda shape, dtype, _: jnp.ones(shape, dtype)
+    inputs = inputs_of_every_kind(ones, batch=2)
+    options = [o for o in OPTIONS if o["has_aux"] and o["num_rollout_steps"] > 1]
+    function = jax.jit(lambda *x: jax.tree.leaves(values_and_grads(cut, options, *x)))
+    exported = export.export(function, platforms=PLATFORMS)(*inputs)
+    assert exported.platforms == PLATFORMS
+    if jax.default_backend() in ("gpu", *PLATFORMS):
+        actual = export.deserialize(exported.serialize()).call(*inputs)
+        assert_close(actual, function(*inputs), SINGLE_TOLERANCE)
+
+
+#
+# Memory
+#
+
+
+@on_all_targets
+@pytest.mark.parametrize(
+    "network, bptt", [("MLP", 1), ("MLP", 5), pytest.param("conv 2D", 1, marks=slow)]
+)
+def test_a_truncated_rollout_takes_the_memory_of_one_segment(compiler, target, network, bptt):
+    short, long = (compiler(describe, target, network, bptt, n) for n in (20, 1000))
+    assert long["temp_bytes"] == short["temp_bytes"]
+    assert long["fits"] == "yes"
+
+
+STATE = 256 * 128 * 4  # bytes of the MLP's states on one chip
+PARAMS = 2 * (128 * 512 + 512 * 512) * 4
+
+
+def growth(compiler, target, *args, steps=(1000, 2000), **options):
+    """Bytes of a chip for each further step."""
+    sizes = [compiler(describe, target, "MLP", False, n, *args, **options) for n in steps]
+    return (sizes[1]["temp_bytes"] - sizes[0]["temp_bytes"]) / (steps[1] - steps[0])
+
+
+@on_all_targets
+def test_memory_grows_by_activations_or_by_states_or_by_their_root(compiler, target):
+    """The formulas of docs/scaling_out.md: T A, T S, and (T / k + k) S."""
+    activations = growth(compiler, target)
+    assert activations > 5 * STATE
+    assert growth(compiler, target, "shard_map", "plain scan") > 5 * STATE
+    assert growth(compiler, target, checkpoint=True) == pytest.approx(STATE, rel=0.1)
+    every_20th = compiler(describe, target, "MLP", False, 1000, checkpoint=20)
+    assert every_20th["temp_bytes"] < 200 * STATE
+
+
+@on_all_targets
+@pytest.mark.slow
+def test_rematerialisation_saves_memory_in_straight_code(compiler, target):
+    """On a CPU it does not: XLA removes the barriers there."""
+    stored, again = (
+        compiler(describe, target, "MLP", False, 100, **options)
+        for options in (dict(unroll=True), dict(unroll=True, checkpoint=True))
+    )
+    assert again["temp_bytes"] < stored["temp_bytes"] / 2
+
+
+@on_tpu
+def test_what_does_not_fit_is_told_with_the_figure(compiler, target):
+    row = compiler(describe, target, "MLP", False, 10_000, "shard_map", "plain scan")
+    assert row["fits"] == "no"
+    assert row["needed_bytes"] > 20e9
+    assert "temp_bytes" not in row
+
+
+#
+# Communication
+#
+
+
+@on_all_targets
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
+@pytest.mark.parametrize("way", ["jit", "jit, a term a chip", "shard_map"])
+def test_communication_is_as_documented(compiler, target, way, bptt):
+    row = compiler(describe, target, "MLP", bptt, 100, way)
+    once, in_loops = row["once_collectives"], row["loop_collectives"]
+    if way == "jit":
+        assert in_loops > 0
+        # For segments of one step both compilers move the sum of the gradients out of the loop
+        # by themselves; that of the loss stays.
+        assert row["loop_bytes"] < 100 if bptt == 1 else row["loop_bytes"] > 0.9 * PARAMS
+    else:
+        assert in_loops == 0
+        assert 1 <= once <= 5  # at most one for each layer, and one for the loss
+        assert row["once_bytes"] == pytest.approx(PARAMS, rel=0.01)
+
+
+@on_all_targets
+def test_without_pcast_a_shard_map_stores_every_step(compiler, target):
+    way = "shard_map without pcast"
+    short, long = (compiler(describe, target, "MLP", 1, n, way) for n in (20, 1000))
+    assert long["temp_bytes"] > 10 * short["temp_bytes"]
+
+
+@on_tpu
+@pytest.mark.slow
+def test_chips_that_share_the_batch_or_the_space_share_the_memory(compiler, target):
+    whole, part = (
+        compiler(describe, target, "conv 2D", 1, 100, way)
+        for way in ("shard_map", "jit, space over 4")
+    )
+    assert part["temp_bytes"] == pytest.approx(whole["temp_bytes"] / 4, rel=0.3)
+    assert part["loop_collectives"] > 0  # neighbours exchange borders
+
+
+@on_tpu
+@pytest.mark.slow
+def test_many_chips_are_as_few(compiler, target):
+    few, many = (compiler(describe, name, "MLP", 1, 100) for name in (target, "v5e:16x16"))
+    same = ("temp_bytes", "argument_bytes", "loop_collectives", "once_collectives")
+    assert [few[name] for name in same] == [many[name] for name in same]
