@@ -30,16 +30,21 @@ def vary(tree, axis="batch"):
     return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)  # before JAX 0.8
 
 
-def primitives(jaxpr):
-    """Names of all primitives in a jaxpr, those of inner jaxprs included."""
+def equations(jaxpr):
+    """All of a jaxpr, those of inner jaxprs included."""
     for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
+        yield eqn
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
         ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from primitives(inner)
+                yield from equations(inner)
+
+
+def primitives(jaxpr):
+    """Names of all primitives in a jaxpr, those of inner jaxprs included."""
+    return (eqn.primitive.name for eqn in equations(jaxpr))
 
 
 def network_problem(name):

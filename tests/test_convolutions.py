@@ -4,22 +4,20 @@ all convolutions of a program, and the program computes what it did, in little m
 import functools
 from collections import Counter
 
+import convolutions_on_cpu as example
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import config, primitives
+from common import config, equations, primitives
+from convolutions_on_cpu import canonical_convolutions
 from jax import export
 from jax.sharding import Mesh, PartitionSpec as P
-from test_examples import load_example
 
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, slow
 
-
-example = load_example("convolutions_on_cpu")
-canonical_convolutions = example.canonical_convolutions
 
 TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2
 
@@ -45,18 +43,6 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 #
 # The structure of a program
 #
-
-
-def equations(jaxpr):
-    """Of a jaxpr and all those inside of it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def convolutions(jaxpr):
