@@ -23,6 +23,7 @@ The columns:
 - `loop_collectives`, `once_collectives`: operations of communication in the program, in the
   bodies of loops and outside of them; `loop_bytes` and `once_bytes` are the results of these on
   each chip, for one iteration;
+- `instructions` of the compiled program, which its compile time grows with;
 - `flops`: as the compiler counts them for one chip: the body of a loop counts once;
 - `compile_s`: of tracing and compiling, on the machine that compiles.
 
@@ -351,7 +352,7 @@ def describe_program(target_name, case):
         seconds = time.perf_counter() - start
         return row | dict(fits="no", needed_bytes=needed, compile_s=round(seconds, 2))
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     sizes = [memory.temp_size_in_bytes, memory.argument_size_in_bytes]
     needed = sum(sizes) + memory.output_size_in_bytes
     return row | dict(
@@ -359,7 +360,8 @@ def describe_program(target_name, case):
         needed_bytes=needed,
         temp_bytes=sizes[0],
         argument_bytes=sizes[1],
-        **count_collectives(compiled.as_text()),
+        **count_collectives(text),
+        instructions=len(re.findall(r"^ .* = ", text, re.MULTILINE)),
         flops=(compiled.cost_analysis() or {}).get("flops"),  # a GPU's compiler is silent
         compile_s=round(seconds, 2),
     )
@@ -437,7 +439,7 @@ FEW += [("residuum", 1, {})]
 FIELDS = ["target", "kind", "chips", "network", "way", "loss", "cut", "options"]
 FIELDS += ["num_rollout_steps", "fits", "needed_bytes", "temp_bytes", "argument_bytes"]
 FIELDS += ["loop_collectives", "loop_bytes", "once_collectives", "once_bytes"]
-FIELDS += ["flops", "compile_s", "versions"]
+FIELDS += ["instructions", "flops", "compile_s", "versions"]
 
 
 def select_cases(target_name, quick=False):
@@ -481,7 +483,7 @@ def select_options(num_steps):
 
 
 def default_networks(target_name):
-    """A TPU's compiler takes half a minute for a 2D convolutional network, and more in 3D."""
+    """A TPU's compiler takes a minute or two for a 2D convolutional network."""
     return ("MLP",) if TARGETS[target_name].platform == "tpu" else tuple(NETWORKS)
 
 
@@ -622,9 +624,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
-    parser.add_argument(
-        "--networks", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS)
-    )
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS))
     parser.add_argument("--quick", action="store_true", help="the MLP, three rows a target")
     parser.add_argument("--draw", action="store_true", help="the figure alone")
     parser.add_argument(

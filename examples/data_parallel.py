@@ -77,14 +77,17 @@ def launch(args):
         for process in processes:
             process.kill()  # JAX does not end at SIGTERM, which it takes for an announcement
             process.wait()
-    for i, code in enumerate(codes):
-        if code:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            again = "starts anew, for want of --checkpoint"
-            if args.checkpoint:
-                again = f"goes on from the last checkpoint in {args.checkpoint}"
-            return f"\nProcess {i} died ({how}), so all were ended. The same command {again}."
+    dead = [f"{i} ({describe(code)})" for i, code in enumerate(codes) if code]
+    if dead:
+        again = "starts anew, for want of --checkpoint"
+        if args.checkpoint:
+            again = f"goes on from the last checkpoint in {args.checkpoint}"
+        return f"\nDied: process {', '.join(dead)}; all were ended. The same command {again}."
     return None
+
+
+def describe(code):
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def join(args):

@@ -79,6 +79,8 @@ def describe(target, network, cut, num_steps, way="shard_map", loss="residuum", 
     """What the benchmark says of a program."""
     import accelerators
 
+    mlp = accelerators.NETWORKS["MLP"]
+    accelerators.NETWORKS["MLP, twice the batch"] = mlp._replace(samples=2 * mlp.samples)
     case = accelerators.Case(network, way, loss, cut, options, num_steps)
     return accelerators.describe_program(target, case)
 
@@ -208,27 +210,62 @@ STATE = 256 * 128 * 4  # bytes of the MLP's states on one chip
 PARAMS = 2 * (128 * 512 + 512 * 512) * 4
 
 
-def growth(compiler, target, *args, steps=(1000, 2000), **options):
+def growth(compiler, target, *args, network="MLP", steps=(1000, 2000), **options):
     """Bytes of a chip for each further step."""
-    sizes = [compiler(describe, target, "MLP", False, n, *args, **options) for n in steps]
+    sizes = [compiler(describe, target, network, False, n, *args, **options) for n in steps]
     return (sizes[1]["temp_bytes"] - sizes[0]["temp_bytes"]) / (steps[1] - steps[0])
 
 
 @on_all_targets
-def test_memory_grows_by_activations_or_by_states_or_by_their_root(compiler, target):
-    """The formulas of docs/scaling_out.md: T A, T S, and (T / k + k) S."""
+def test_memory_grows_by_activations_or_by_states(compiler, target):
+    """The formulas of docs/scaling_out.md: T A and T S, which are proportional to the batch."""
     activations = growth(compiler, target)
     assert activations > 5 * STATE
     assert growth(compiler, target, "shard_map", "plain scan") > 5 * STATE
     assert growth(compiler, target, checkpoint=True) == pytest.approx(STATE, rel=0.1)
-    every_20th = compiler(describe, target, "MLP", False, 1000, checkpoint=20)
-    assert every_20th["temp_bytes"] < 200 * STATE
+    twice = growth(compiler, target, network="MLP, twice the batch")
+    assert twice == pytest.approx(2 * activations, rel=0.1)
 
 
 @on_all_targets
+def test_memory_with_checkpoint_k_grows_by_one_state_for_k_steps_and_one_for_each_of_k(
+    compiler, target
+):
+    """The formula of docs/scaling_out.md: (T / k + k) S."""
+    # So many that the fast memory of a TPU, which is not counted, does not hold them.
+    options = dict(steps=(40_000, 80_000), checkpoint=20)
+    assert growth(compiler, target, **options) == pytest.approx(STATE / 20, rel=0.1)
+    short, long = (
+        compiler(describe, target, "MLP", False, 40_000, checkpoint=k)["temp_bytes"]
+        for k in (2000, 4000)
+    )
+    assert long - short == pytest.approx((4010 - 2020) * STATE, rel=0.1)
+
+
+@on_all_targets
+@pytest.mark.parametrize("cut, options", [(False, {}), (False, {"checkpoint": 20}), (5, {})])
+def test_the_program_grows_neither_with_steps_nor_with_batch_or_chips(
+    compiler, target, cut, options
+):
+    """Nor does what the chips say to each other, which is the sum of the gradients."""
+    larger = {"v5e:2x2": "v5e:16x16"}
+    programs = [(target, "MLP", 100), (target, "MLP", 1000)]
+    programs += [(target, "MLP, twice the batch", 100)]
+    programs += [(larger[target], "MLP", 100)] if target in larger else []
+    rows = [
+        compiler(describe, name, network, cut, num_steps, **options)
+        for name, network, num_steps in programs
+    ]
+    for row in rows:
+        assert row["instructions"] == pytest.approx(rows[0]["instructions"], rel=0.1)
+        for name in ("loop_collectives", "once_bytes"):
+            assert row[name] == rows[0][name]
+
+
+@on_tpu
 @pytest.mark.slow
 def test_rematerialisation_saves_memory_in_straight_code(compiler, target):
-    """On a CPU it does not: XLA removes the barriers there."""
+    """On a GPU it does not: its compiler computes all activations again, but early."""
     stored, again = (
         compiler(describe, target, "MLP", False, 100, **options)
         for options in (dict(unroll=True), dict(unroll=True, checkpoint=True))
@@ -280,7 +317,8 @@ def test_chips_that_share_the_batch_or_the_space_share_the_memory(compiler, targ
         compiler(describe, target, "conv 2D", 1, 100, way)
         for way in ("shard_map", "jit, space over 4")
     )
-    assert part["temp_bytes"] == pytest.approx(whole["temp_bytes"] / 4, rel=0.3)
+    # Less than a quarter, since more of it is in the fast memory.
+    assert part["temp_bytes"] < 1.1 * whole["temp_bytes"] / 4
     assert part["loop_collectives"] > 0  # neighbours exchange borders
 
 

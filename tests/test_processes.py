@@ -4,6 +4,7 @@ the others end; training goes on from the last checkpoint as if nothing had happ
 import contextlib
 import inspect
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -69,9 +70,10 @@ FAULTY_EXAMPLE = """if True:
 
 
 @contextlib.contextmanager
-def started(folder, *commands, fault=""):
-    """The processes of the commands in `folder`, which write to the file `log` there. None is
-    left afterwards, nor any that they have started themselves."""
+def started(folder, *commands, fault="", variables=lambda i: {}):
+    """The processes of the commands in `folder`, which write to the file `log` there; the i-th
+    finds `variables(i)` in its environment. None is left afterwards, nor any that they have
+    started themselves."""
     program = EXAMPLE
     if fault:
         program = folder / "faulty.py"
@@ -87,11 +89,11 @@ def started(folder, *commands, fault=""):
     processes = []
     try:
         with (folder / "log").open("w") as log:
-            for command in commands:
+            for i, command in enumerate(commands):
                 process = subprocess.Popen(
                     [sys.executable, str(program), *command],
                     cwd=folder,
-                    env=environment,
+                    env=environment | variables(i),
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # so that its group is all that it starts
@@ -145,9 +147,9 @@ def test_processes_train_like_one(num_processes, cpu_devices, uninterrupted, tmp
 @pytest.mark.parametrize(
     "fault, what",
     [
-        ("SIGKILL", "Process 1 died (killed by SIGKILL)"),
+        ("SIGKILL", "1 (killed by SIGKILL)"),  # perhaps after 0, which ends of it
         # It is there, but does not answer, like a machine that is cut off from the network.
-        ("SIGSTOP", "Process 0 died"),
+        ("SIGSTOP", "Died: process 0"),
     ],
 )
 def test_all_end_with_the_one_that_dies(fault, what, uninterrupted, tmp_path):
@@ -189,6 +191,23 @@ def test_all_end_where_nobody_looks_after_them(
     assert codes[process] == (-signal.SIGKILL if fault == "SIGKILL" else 1)
     if num_processes == 4:
         assert_goes_on(tmp_path, 2, uninterrupted)
+
+
+def test_processes_of_a_cluster_find_each_other(uninterrupted, tmp_path):
+    """By what Slurm tells each process that it starts."""
+
+    job = random.randrange(10**6)  # from which JAX makes the port
+
+    def variables(i):
+        names = dict(JOB_ID=job, STEP_NODELIST="localhost", NTASKS=2, PROCID=i, LOCALID=i)
+        return {f"SLURM_{name}": str(value) for name, value in names.items()}
+
+    command = (*TRAINING, "--cluster", "--output", "loss")
+    with started(tmp_path, command, command, variables=variables) as processes:
+        codes = [process.wait(timeout=300) for process in processes]
+    log = (tmp_path / "log").read_text()
+    assert codes == [0, 0] and "2 processes, 2 devices" in log, log
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "loss"), uninterrupted, rtol=1e-4)
 
 
 def test_a_file_that_was_being_written_is_no_checkpoint(uninterrupted, tmp_path):
