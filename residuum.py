@@ -591,7 +591,8 @@ def _checked(how_data_was_read: str, name: str, function: Any, *names: str) -> A
 
     def checked(*args: Any) -> Any:
         try:
-            result = function(*args)
+            # A copy, since a State of Equinox is not there any more after its first update.
+            result = function(*jax.tree.map(lambda x: x, args))
             _check_result(name, result, *args)
         except Exception as error:
             leaves = [leaf for pair in zip(names, args, strict=True) for leaf in _leaves(*pair)]

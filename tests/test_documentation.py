@@ -6,21 +6,24 @@ import os
 import re
 import tomllib
 import unittest
+from functools import partial
+from itertools import pairwise
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from common import ROOT
+from common import config, ROOT
 
 from residuum import Cuts, residuum_loss
+from test_residuum import OPTIMIZED, textbook_loss
 
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # In which each block goes on from all those before it. Elsewhere a block goes on from the
 # first block of its page (of its section, in README), and can be copied together with that.
-WALKS = ("first_steps.md", "scaling_out.md")
+WALKS = ("first_steps.md", "scaling_out.md", "your_own_problem.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -108,6 +111,21 @@ def first_steps_find_mistakes_and_train(
     assert names["errors"].shape == (10,)
 
 
+@claim("persistence = nrmse(")
+def your_own_problem_beats_persistence_at_every_step(
+    *, check, solver, standing_still, untrained, data, imex_euler, scaled, condition, **names
+):
+    assert check(solver, data, imex_euler) < 1e-13
+    assert check(standing_still, data, imex_euler) > 1e-6
+    assert abs(check(standing_still, data, scaled) - 1) < 1e-5
+    assert abs(untrained - 1) < 1e-5
+    assert abs(condition - 2.28) < 1e-5
+    emulator, persistence = names["emulator"], names["persistence"]
+    assert emulator.shape == (51, 2)
+    assert jnp.all(emulator[1:] < persistence[1:])
+    assert jnp.all(emulator[50] < 0.5 * persistence[50])
+
+
 @claim('params["diffusion"]')
 def recipe_learns_the_physical_parameter(*, params, **_):
     assert abs(params["diffusion"] - 0.5) < 1e-3
@@ -120,11 +138,330 @@ def recipe_of_the_differential_algebraic_equation_trains(*, check, history, **_)
 
 
 @claim("eqx.nn.BatchNorm")
-@claim("nnx.BatchStat")
-def recipe_gives_back_new_batch_statistics(*, statistics, grads, **_):
-    mean, variance = [x for x in jax.tree.leaves(statistics) if x.shape == (64,)]
-    assert jnp.any(mean != 0) and jnp.any(variance != 1)
+def recipe_gives_equinox_the_statistics_of_the_whole_batch(
+    *, statistics, grads, network, data, **_
+):
+    hidden, out = network.hidden, network.out
+    expected = running_statistics(
+        data[:, 0], hidden.weight.T, hidden.bias, out.weight.T, out.bias
+    )
+    assert_statistics(statistics, expected)
     assert any(jnp.any(g != 0) for g in jax.tree.leaves(grads))
+
+
+@claim("nnx.BatchStat")
+def recipe_gives_nnx_the_statistics_of_the_whole_batch(
+    *, statistics, grads, emulator, data, **_
+):
+    hidden, out = emulator.hidden, emulator.out
+    layers = [x[...] for x in (hidden.kernel, hidden.bias, out.kernel, out.bias)]
+    assert_statistics(statistics, running_statistics(data[:, 0], *layers))
+    assert any(jnp.any(g != 0) for g in jax.tree.leaves(grads))
+
+
+def running_statistics(u, w_in, b_in, w_out, b_out):
+    """Of three steps of the recipe, by hand, with momentum 0.99."""
+    mean, variance = 0, 1
+    for _ in range(3):
+        hidden = u @ w_in + b_in
+        batch_mean, batch_variance = jnp.mean(hidden, axis=0), jnp.var(hidden, axis=0)
+        mean = 0.99 * mean + 0.01 * batch_mean
+        variance = 0.99 * variance + 0.01 * batch_variance
+        normed = (hidden - batch_mean) / jnp.sqrt(batch_variance + 1e-5)
+        u = u + jnp.tanh(normed) @ w_out + b_out
+    return mean, variance
+
+
+def assert_statistics(statistics, expected):
+    mean, variance = [x for x in jax.tree.leaves(statistics) if x.shape == (64,)]
+    chex.assert_trees_all_close((mean, variance), expected, rtol=1e-3, atol=1e-5)
+
+
+@claim("jax.lax.pmean(hidden")
+def recipe_with_a_vmap_outside_has_the_gradient_of_the_whole_batch(
+    *, loss, grads, params, data, **names
+):
+    def stepper_of_batch(params, u):
+        over_batch = jax.vmap(names["normed_emulate"], (None, 0), axis_name="batch")
+        return over_batch(params, u)
+
+    def loss_of_whole_batch(params, cuts, loss_fn=textbook_loss):
+        residuum_fn = jax.vmap(names["heat_residuum"])
+        stepper = partial(stepper_of_batch, params)
+        one_sample = data[:, 0][None, None]
+        return loss_fn(stepper, one_sample, residuum_fn, num_rollout_steps=3, cuts=cuts)
+
+    for cuts in (Cuts(), Cuts(bptt=True), Cuts(bptt=2), Cuts(prev=True)):
+        actual = jax.jit(jax.grad(partial(loss, cuts=cuts)))(params)
+        expected = jax.jit(jax.grad(partial(loss_of_whole_batch, cuts=cuts)))(params)
+        assert_close_to(actual, expected)
+        if cuts == Cuts():
+            assert_close_to(grads, expected)
+    whole_batch = partial(loss_of_whole_batch, cuts=Cuts(bptt=True), loss_fn=residuum_loss)
+    outside = partial(loss, cuts=Cuts(bptt=True))
+    assert memory(jax.grad(outside), params) > 5 * memory(jax.grad(whole_batch), params)
+
+
+@claim("normed_emulate")
+def a_batch_norm_of_nnx_works_with_a_vmap_outside(*, data, heat_residuum, **_):
+    nnx = import_module("flax.nnx")
+
+    def loss(params, statistics, graphdef, cuts, is_outside):
+        def stepper(state):
+            layer = nnx.merge(graphdef, params, state["statistics"])
+            u = state["u"] + 0.1 * jnp.tanh(layer(state["u"]))
+            return {"u": u, "statistics": nnx.state(layer, nnx.BatchStat)}
+
+        def loss_of(u, residuum_of_u):
+            one = jax.tree.map(lambda x: x[None, None], {"u": u, "statistics": statistics})
+            residuum_fn = lambda next, prev: residuum_of_u(next["u"], prev["u"])
+            options = dict(num_rollout_steps=3, cuts=cuts, has_aux=True)
+            return residuum_loss(stepper, one, residuum_fn, **options)
+
+        if not is_outside:
+            return loss_of(data[:, 0], jax.vmap(heat_residuum))
+        of_one = partial(loss_of, residuum_of_u=heat_residuum)
+        value, rollout = jax.vmap(of_one, axis_name="batch")(data[:, 0])
+        return jnp.mean(value), rollout
+
+    for cuts in (Cuts(), Cuts(bptt=True), Cuts(bptt=2), Cuts(prev=True)):
+        results = []
+        for is_outside in (True, False):
+            axis_name = "batch" if is_outside else None
+            layer = nnx.BatchNorm(32, axis_name=axis_name, rngs=nnx.Rngs(0))
+            graphdef, params, statistics = nnx.split(layer, nnx.Param, nnx.BatchStat)
+            f = partial(loss, graphdef=graphdef, cuts=cuts, is_outside=is_outside)
+            grads, rollout = jax.jit(jax.grad(f, has_aux=True))(params, statistics)
+            results.append((grads, rollout.final_state["statistics"]))
+        (grads, statistics), (expected_grads, expected_statistics) = results
+        assert_close_to(grads, expected_grads)
+        for x, y in zip(*map(jax.tree.leaves, (statistics, expected_statistics)), strict=True):
+            assert x.shape == (64, *y.shape)
+            assert_close_to(x, jnp.broadcast_to(y, x.shape))
+
+
+@claim("def normed_emulate")
+def a_batch_norm_of_equinox_works_with_a_vmap_outside(*, data, heat_residuum, **_):
+    eqx = import_module("equinox")
+    norm, statistics = eqx.nn.make_with_state(eqx.nn.BatchNorm)(32, "batch", mode="batch")
+    params, static = eqx.partition(norm, eqx.is_inexact_array)
+
+    def emulate(params, u, statistics):
+        normed, statistics = eqx.combine(params, static)(u, statistics)
+        return u + 0.1 * jnp.tanh(normed), statistics
+
+    def loss(params):
+        def of_one(u):
+            one = jax.tree.map(lambda x: x[None, None], (u, statistics))
+            stepper = lambda state: emulate(params, *state)
+            residuum_fn = lambda next, prev: heat_residuum(next[0], prev[0])
+            return residuum_loss(stepper, one, residuum_fn, num_rollout_steps=3, has_aux=True)
+
+        value, rollout = jax.vmap(of_one, axis_name="batch")(data[:, 0])
+        return jnp.mean(value), rollout.final_state[1]
+
+    def loss_by_hand(params):
+        u, states, value = data[:, 0], statistics, 0.0
+        over_batch = jax.vmap(emulate, (None, 0, None), (0, None), axis_name="batch")
+        for _ in range(3):
+            u_prev = u
+            u, states = over_batch(params, u, states)
+            value += jnp.mean(jax.vmap(heat_residuum)(u, u_prev) ** 2)
+        return value, states
+
+    (grads, states), (expected_grads, expected_states) = (
+        jax.jit(jax.grad(f, has_aux=True))(params) for f in (loss, loss_by_hand)
+    )
+    assert_close_to(grads, expected_grads)
+    for x, y in zip(*map(jax.tree.leaves, (states, expected_states)), strict=True):
+        assert_close_to(x, jnp.broadcast_to(y, (64, 1, *y.shape)))
+
+
+@claim("for num_steps in (1, 2, 5)")
+def recipe_of_the_curriculum_compiles_each_length(*, update, **_):
+    assert update._cache_size() == 3
+
+
+@claim("goes_on = ")
+def recipe_of_the_curriculum_without_recompiling_is_the_mean_over_fewer_levels(
+    *, loss, update, emulate, heat_residuum, data, **_
+):
+    assert update._cache_size() == 1
+    stepper = lambda kernel: partial(emulate, kernel)
+    for scale in (1.0, 1e4):  # the latter overflows in twenty steps
+        kernel = scale * jnp.zeros(9, jnp.float32).at[3].set(1.0)
+        short = lambda kernel: (
+            textbook_loss(stepper(kernel), data, heat_residuum, num_rollout_steps=3) / 3
+        )
+        assert_close_to(
+            jax.jit(jax.value_and_grad(loss))(kernel, 3),
+            jax.jit(jax.value_and_grad(short))(kernel),
+        )
+    weights = (jnp.arange(20) < 3) / 3
+    not_held = residuum_loss(
+        stepper(kernel), data, heat_residuum, num_rollout_steps=20, weights=weights
+    )
+    assert jnp.isnan(not_held)
+
+
+@claim('static_argnames="k"')
+@claim("cut_after = ")
+def recipe_schedules_the_cuts(*, update, emulate, heat_residuum, data, **names):
+    is_static = "cut_after" not in update.__wrapped__.__code__.co_cellvars
+    kernel = jnp.zeros(9, jnp.float32).at[3].set(1.0)
+    assert update._cache_size() == (5 if is_static else 1)
+    assert jnp.all(jnp.isfinite(names["kernel"]))
+    for k in (1, 2, 4, 8, 16):
+        loss = lambda kernel: textbook_loss(
+            partial(emulate, kernel),
+            data,
+            heat_residuum,
+            num_rollout_steps=16,
+            cuts=Cuts(bptt=k),  # noqa: B023
+        )
+        grad = jax.jit(jax.grad(loss))(kernel)
+        assert_close_to((kernel - update(kernel, k)) / 0.001, grad, 1e-3)
+    if is_static:
+        sizes = [memory(partial(update, k=k), kernel) for k in (1, 2, 4, 8, 16)]
+        assert sizes == sorted(sizes) and sizes[0] < sizes[-1] / 4
+    else:
+        uncut = lambda kernel: residuum_loss(
+            partial(emulate, kernel), data, heat_residuum, num_rollout_steps=16
+        )
+        assert memory(update, kernel, 1) > 0.95 * memory(jax.grad(uncut), kernel)
+
+
+@claim("inverse = 1 / (rollout.time_level_losses")
+def recipe_adapts_the_weights_to_the_losses(*, history, update, weights, kernel, **names):
+    assert update._cache_size() == 1
+    for before, after in pairwise(history[1:]):
+        assert abs(jnp.sum(after) - 5) < 1e-4
+        assert jnp.any(before != after)
+    # Levels with larger losses count less.
+    losses = names["time_level_losses"]
+    assert (jnp.argsort(losses) == jnp.argsort(-weights)).all()
+    assert jnp.ptp(weights) > 0.1
+    # And the weights are used.
+    other, *_ = update(kernel, weights[::-1])
+    assert jnp.any(other != update(kernel, weights)[0])
+
+
+@claim("balanced_weights")
+def recipe_balances_the_gradients_of_all_levels(
+    *, weights, kernel, emulate, heat_residuum, data, **_
+):
+    def loss_of_level(kernel, level):
+        weights = jnp.arange(5) == level
+        stepper = partial(emulate, kernel)
+        return textbook_loss(stepper, data, heat_residuum, num_rollout_steps=5, weights=weights)
+
+    grads = [jax.grad(loss_of_level)(kernel, level) for level in range(5)]
+    norms = jnp.stack([jnp.linalg.norm(grad) for grad in grads])
+    assert jnp.max(norms) > 2 * jnp.min(norms)
+    assert_close_to(weights * norms, jnp.mean(weights * norms) * jnp.ones(5))
+    assert abs(jnp.sum(weights) - 5) < 1e-4
+
+
+@claim("for eps in (1.0, 10.0, 100.0)")
+def recipe_opens_one_level_after_the_other(*, history, update, emulate, data, **names):
+    assert update._cache_size() == 1
+    for weights in history:
+        assert weights[0] == 1 and jnp.all(jnp.diff(weights) <= 0)
+    assert history[0][-1] < 0.003 and history[19][-1] > 0.999
+    assert history[20][-1] < history[19][-1]  # a larger eps asks for more
+    # The weights are those of the losses, by hand.
+    kernel, eps, losses = jnp.zeros(9, jnp.float32).at[4].set(1.0), 0.5, []
+    u_prev = data[:, 0]
+    for _ in range(5):
+        u_next = jax.vmap(partial(emulate, kernel))(u_prev)
+        losses.append(jnp.mean(jax.vmap(names["heat_residuum"])(u_next, u_prev) ** 2))
+        u_prev = u_next
+    expected = jnp.stack([jnp.exp(-eps * sum(losses[:t])) for t in range(5)])
+    new_kernel, weights = update(kernel, jnp.ones(5), eps)
+    assert_close_to(weights, expected)
+    # And they are used.
+    assert jnp.any(new_kernel != update(kernel, weights, eps)[0])
+
+
+@claim("pool.at[batch]")
+@config("jax_enable_x64", False)
+def recipe_keeps_a_pool(*, kernel, pool, update, draw, **_):
+    fresh = draw(jax.random.key(1), 256)
+    was_visited = jnp.any(pool != fresh, axis=1)
+    assert jnp.mean(was_visited) > 0.9
+    energy = jnp.mean(pool**2, axis=1)
+    assert jnp.any(energy[was_visited] > 0.5)  # started anew: the others have decayed
+    assert jnp.mean(energy < 0.2) > 0.5
+    # One update: a batch goes on, the rest of the pool stays.
+    key = jax.random.key(3)
+    new_kernel, after = update(kernel, pool, key)
+    assert jnp.sum(jnp.any(after != pool, axis=1)) == 64
+    assert jnp.any(new_kernel != kernel)
+    # What is not finite is replaced and harms nothing.
+    new_kernel, after = update(kernel, jnp.full_like(pool, jnp.nan), key)
+    assert jnp.sum(jnp.isfinite(after).all(axis=1)) == 64
+    assert (new_kernel == kernel).all()
+
+
+@claim("emulate_history")
+def recipe_with_a_history_has_the_gradient_of_a_loop_by_hand(
+    *, grad, emulate, heat_residuum, kernel, data, **_
+):
+    def loss(kernels):
+        loss, u, before = 0.0, data[:, 0], data[:, 0]
+        for _ in range(3):
+            newest = jax.vmap(partial(emulate, kernels[0]))(u)
+            u_next = newest + jax.vmap(partial(emulate, kernels[1]))(before)
+            loss = loss + jnp.mean(jax.vmap(heat_residuum)(u_next, u) ** 2)
+            u, before = u_next, u
+        return loss
+
+    kernels = jnp.stack([kernel, 0.1 * kernel[::-1] + 0.01])
+    expected = jax.jit(jax.grad(loss))(kernels)
+    assert jnp.linalg.norm(expected[1]) > 0.1
+    assert_close_to(grad(kernels), expected)
+
+
+@claim("def noisy(state)")
+def recipe_with_noise_has_the_gradient_of_a_loop_by_hand(
+    *, loss, emulate, heat_residuum, data, **_
+):
+    def loss_by_hand(kernel, key):
+        loss, u, keys = 0.0, data[:, 0], jax.random.split(key, 64)
+        for _ in range(3):
+            keys = jax.vmap(jax.random.split)(keys)
+            noise = jax.vmap(partial(jax.random.normal, shape=(32,)))(keys[:, 0])
+            u, keys = u + 0.01 * noise.astype(u.dtype), keys[:, 1]
+            u_next = jax.vmap(partial(emulate, kernel))(u)
+            loss = loss + jnp.mean(jax.vmap(heat_residuum)(u_next, u) ** 2)
+            u = u_next
+        return loss
+
+    kernel = jnp.linspace(-0.2, 0.5, 9, dtype=jnp.float32)
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    one, other = [value_and_grad(kernel, jax.random.key(i)) for i in range(2)]
+    assert 1e-5 < abs(one[0] / other[0] - 1) < 0.1
+    expected = jax.jit(jax.value_and_grad(loss_by_hand))(kernel, jax.random.key(0))
+    assert_close_to(one, expected)
+
+
+def assert_close_to(actual, expected, tolerance=1e-4):
+    """Relative to the largest entry of each leaf; in whatever precision."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for x, y in pairs:
+        assert jnp.shape(x) == jnp.shape(y)
+        assert jnp.max(jnp.abs(x - y)) <= tolerance * jnp.max(jnp.abs(y))
+
+
+def memory(function, *args):
+    """Bytes of temporary memory of the program that a user would have."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        with config("jax_enable_x64", False):
+            compiled = jax.jit(function).lower(*args).compile()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 @claim("checkpointer.restore")

@@ -3,6 +3,7 @@
 import itertools
 import traceback
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +115,29 @@ def test_arguments_in_the_wrong_order_are_named(order):
         residuum_loss(*(call[i] for i in order))
     text = "".join(traceback.format_exception_only(info.value))
     assert any(names[slot] in text for slot, i in enumerate(order) if slot != i)
+
+
+class Counter(eqx.Module):
+    """Counts its calls in a State of Equinox, which can be read once only."""
+
+    index: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.index = eqx.nn.StateIndex(jnp.array(0))
+
+    def __call__(self, state):
+        count = state["count"].get(self.index)
+        return {"u": state["u"] / 2, "count": state["count"].set(self.index, count + 1)}
+
+
+def test_a_state_that_can_be_read_once_only():
+    counter, state = eqx.nn.make_with_state(Counter)()
+    data = {
+        "u": ones(2, 1, 3),
+        "count": jax.tree.map(lambda x: jnp.stack([x, x])[:, None], state),
+    }
+    difference = lambda u_next, u_prev: u_next["u"] - u_prev["u"]
+    options = dict(num_rollout_steps=3, has_aux=True)
+    loss, rollout = jax.jit(lambda: residuum_loss(counter, data, difference, **options))()
+    np.testing.assert_allclose(loss, 1 / 4 + 1 / 16 + 1 / 64, rtol=SINGLE_TOLERANCE)
+    assert rollout.final_state["count"].get(counter.index).tolist() == [3, 3]
