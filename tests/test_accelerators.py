@@ -263,7 +263,7 @@ def test_the_program_grows_neither_with_steps_nor_with_batch_or_chips(
 
 
 @on_tpu
-@pytest.mark.slow
+@slow
 def test_rematerialisation_saves_memory_in_straight_code(compiler, target):
     """On a GPU it does not: its compiler computes all activations again, but early."""
     stored, again = (
@@ -311,7 +311,7 @@ def test_without_pcast_a_shard_map_stores_every_step(compiler, target):
 
 
 @on_tpu
-@pytest.mark.slow
+@slow
 def test_chips_that_share_the_batch_or_the_space_share_the_memory(compiler, target):
     whole, part = (
         compiler(describe, target, "conv 2D", 1, 100, way)
@@ -323,7 +323,7 @@ def test_chips_that_share_the_batch_or_the_space_share_the_memory(compiler, targ
 
 
 @on_tpu
-@pytest.mark.slow
+@slow
 def test_many_chips_are_as_few(compiler, target):
     few, many = (compiler(describe, name, "MLP", 1, 100) for name in (target, "v5e:16x16"))
     same = ("temp_bytes", "argument_bytes", "loop_collectives", "once_collectives")

@@ -27,6 +27,8 @@ FIGURES = {
     "conditioning.py": "conditioning.png",
     "convolutions_on_cpu.py": "convolutions_on_cpu.png",
     "cuts.py": "cuts_bptt.svg",
+    "gray_scott.py": "gray_scott.png",
+    "kuramoto_sivashinsky.py": "kuramoto_sivashinsky.png",
     "kuramoto_sivashinsky_2d.py": "kuramoto_sivashinsky_2d.png",
     "lorenz.py": "lorenz.png",
     "supervised.py": "supervised.png",

@@ -1,0 +1,524 @@
+"""Which cut, when? Every cut and rollout length on three problems, at the same training time.
+
+The problems are those of three examples: Burgers, 1D Kuramoto–Sivashinsky and Lorenz, each
+with its equation, initial conditions and network. What is compared is the gradient alone:
+
+- Each training has the same number of seconds, without those of compiling: the time of an
+  update is measured first, and makes the number of updates. So longer rollouts get fewer.
+- All have batches of the same size, Adam with gradients clipped to norm 1, and a learning rate
+  that rises for a twentieth of the updates and falls to zero as a cosine. The loss is the mean
+  over the time levels.
+- All have the same states to learn from: a pool that starts from initial conditions. Of the
+  batch that an update takes from it, the last states of the rollout go back into it, so that
+  even rollouts of one step get to the attractor; one sample in a hundred starts anew, and all
+  that are lost. Burgers has no attractor, so there all samples start anew.
+- The error is that of the median test state after a fixed time, relative to the solution of
+  the implicit step that the residuum belongs to. So the error of the time discretisation does
+  not count, and zero is possible. It is measured from new initial conditions (Burgers), or
+  from states on the attractor (the others).
+
+Some entries are the same program: a cut that no gradient would cross is none. They are trained
+once. `Cuts(next=True)` leaves no gradient to a rollout of one step.
+
+Each training runs in a process that has a core for itself.
+
+    python benchmarks/which_cut.py             everything, about 25 minutes on two cores
+    python benchmarks/which_cut.py --quick     a selection, in a minute
+    python benchmarks/which_cut.py --draw      the figure and the table from the CSV file
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import multiprocessing
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import optax
+from tqdm import tqdm
+
+from residuum import Cuts, residuum_loss
+
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
+import burgers
+import kuramoto_sivashinsky
+import lorenz
+from convolutions_on_cpu import canonical_convolutions
+
+
+CUTS = {
+    "no cut": Cuts(),
+    "bptt=1": Cuts(bptt=1),
+    "bptt=2": Cuts(bptt=2),
+    "bptt=4": Cuts(bptt=4),
+    "prev": Cuts(prev=True),
+    "next": Cuts(next=True),
+    "prev, bptt=1": Cuts(bptt=1, prev=True),
+}
+NUM_STEPS = (1, 2, 4, 8, 16)
+SEEDS = (0, 1, 2)
+
+
+def same_program(cut, num_rollout_steps):
+    """The first of `CUTS` with the same gradient; None if that is zero."""
+    if num_rollout_steps == 1:  # the initial condition has no gradient anyway
+        return None if cut == "next" else "no cut"
+    if cut == "prev, bptt=1":  # the previous state is cut already, since it was handed on
+        return "bptt=1"
+    if cut.startswith("bptt=") and CUTS[cut].bptt >= num_rollout_steps:
+        return "no cut"  # the last state is handed on to nobody
+    return cut
+
+
+#
+# The problems
+#
+
+
+class Problem(NamedTuple):
+    network: Callable[..., Any]  # of a key
+    apply: Callable[[Any, jax.Array], jax.Array]  # network, u -> u_next
+    residuum_fn: Callable[[jax.Array, jax.Array], jax.Array]
+    initial_conditions: Callable[..., jax.Array]  # num_samples, key -> [num_samples, ...]
+    test_states: Callable[..., jax.Array]  # the same
+    learning_rate: float
+    num_test_steps: int
+    judged_at: str
+    pool_size: int
+    batch_size: int
+    anew: float  # the share of samples that start anew
+    bound: float  # on |u|, beyond which a sample is lost
+
+
+def on_attractor(solver, states):
+    """Where a thousand steps of a solver lead."""
+    step = jax.vmap(solver)
+    return jax.lax.fori_loop(0, 1000, lambda _, u: step(u), states)
+
+
+PROBLEMS = {
+    "Burgers": Problem(
+        network=lambda key: burgers.ConvNet(key=key),
+        apply=lambda network, u: network(u),
+        residuum_fn=burgers.crank_nicolson,
+        initial_conditions=burgers.initial_conditions,
+        test_states=burgers.initial_conditions,
+        learning_rate=3e-3,
+        num_test_steps=50,
+        judged_at="step 50",
+        pool_size=8,
+        batch_size=8,
+        anew=1.0,
+        bound=10.0,
+    ),
+    "Kuramoto–Sivashinsky": Problem(
+        network=lambda key: kuramoto_sivashinsky.ConvNet(key=key),
+        apply=lambda network, u: network(u),
+        residuum_fn=kuramoto_sivashinsky.preconditioned_crank_nicolson,
+        initial_conditions=kuramoto_sivashinsky.initial_conditions,
+        test_states=lambda n, key: on_attractor(
+            kuramoto_sivashinsky.reference_solver(),
+            kuramoto_sivashinsky.initial_conditions(n, key),
+        ),
+        learning_rate=5e-3,
+        num_test_steps=50,
+        judged_at="t = 5",
+        pool_size=512,
+        batch_size=8,
+        anew=0.01,
+        bound=10.0,
+    ),
+    "Lorenz": Problem(
+        network=lorenz.init_params,
+        apply=lorenz.emulate,
+        residuum_fn=lorenz.implicit_midpoint,
+        initial_conditions=lambda n, key: lorenz.random_states(key, n),
+        test_states=lambda n, key: on_attractor(
+            lorenz.runge_kutta, lorenz.random_states(key, n)
+        ),
+        learning_rate=3e-3,
+        num_test_steps=55,
+        judged_at="t = 1.1, a Lyapunov time",
+        pool_size=512,
+        batch_size=64,
+        anew=0.01,
+        bound=75.0,
+    ),
+}
+NUM_TEST = 64
+
+
+#
+# The training
+#
+
+
+class State(NamedTuple):
+    params: Any
+    opt_state: Any
+    pool: jax.Array
+
+
+def make_training(problem, cuts, num_rollout_steps, key):
+    """The initial `State`, and `update(state, i, num_updates) -> (state, loss)`."""
+    network_key, pool_key, updates_key = jax.random.split(key, 3)
+    params, static = eqx.partition(problem.network(network_key), eqx.is_array)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
+    pool = problem.initial_conditions(problem.pool_size, pool_key)
+    new_axes = (1,) * (pool.ndim - 1)
+
+    @jax.jit
+    @canonical_convolutions  # without which they are slow in a loop on a CPU
+    def update(state, i, num_updates):
+        params, opt_state, pool = state
+        keys = jax.random.split(jax.random.fold_in(updates_key, i), 3)
+        batch = (problem.batch_size,)
+        chosen = jax.random.choice(keys[0], problem.pool_size, batch, replace=False)
+
+        def loss_fn(params):
+            network = eqx.combine(params, static)
+            return residuum_loss(
+                functools.partial(problem.apply, network),
+                pool[chosen][:, None],
+                problem.residuum_fn,
+                num_rollout_steps=num_rollout_steps,
+                cuts=cuts,
+                weights=jnp.full(num_rollout_steps, 1 / num_rollout_steps),
+                has_aux=True,
+            )
+
+        (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        direction, opt_state = optimizer.update(grads, opt_state)
+        progress = i / num_updates
+        schedule = jnp.minimum(20 * progress, (1 + jnp.cos(jnp.pi * progress)) / 2)
+        rate = problem.learning_rate * schedule
+        params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
+
+        anew = jax.random.uniform(keys[1], (*batch, *new_axes)) < problem.anew
+        size = jnp.max(
+            jnp.abs(rollout.final_state), axis=tuple(range(1, pool.ndim)), keepdims=True
+        )
+        anew |= ~(size < problem.bound)  # also where not a number
+        states = problem.initial_conditions(problem.batch_size, keys[2])
+        states = jnp.where(anew, states, rollout.final_state)
+        return State(params, opt_state, pool.at[chosen].set(states)), loss
+
+    return State(params, optimizer.init(params), pool), update
+
+
+def run(update, state, num_updates):
+    """Returns the state, the loss, and the seconds that took."""
+    start = time.perf_counter()
+    for i in range(num_updates):
+        state, loss = update(state, i, num_updates)
+    state, loss = jax.block_until_ready((state, loss))
+    return state, loss, time.perf_counter() - start
+
+
+def train(problem, cuts, num_rollout_steps, key, seconds):
+    """For about so many seconds. Returns the parameters, and what is to be told of it."""
+    state, update = make_training(problem, cuts, num_rollout_steps, key)
+    run(update, state, 1)  # compiles
+    block, elapsed = 1, 0.0
+    while elapsed < seconds / 20:
+        block *= 2
+        *_, elapsed = run(update, state, block)
+    num_updates = max(1, round(seconds * block / elapsed))
+    state, loss, elapsed = run(update, state, num_updates)
+    told = dict(loss=float(loss), updates=num_updates, seconds=round(elapsed, 2))
+    return state.params, told
+
+
+#
+# The judgement
+#
+
+
+@functools.cache
+def make_judge(name):
+    """A function of the parameters: the error of the median test state."""
+    problem = PROBLEMS[name]
+    _, static = eqx.partition(problem.network(jax.random.key(0)), eqx.is_array)
+    u_0 = jax.jit(problem.test_states, static_argnums=0)(NUM_TEST, jax.random.key(1))
+
+    def roll_out(stepper):
+        step = jax.vmap(stepper)
+        return jax.lax.fori_loop(0, problem.num_test_steps, lambda _, u: step(u), u_0)
+
+    solution = jax.jit(lambda: roll_out(functools.partial(solve_step, problem.residuum_fn)))()
+
+    @jax.jit
+    @canonical_convolutions
+    def judge(params):
+        u = roll_out(functools.partial(problem.apply, eqx.combine(params, static)))
+        norm = lambda u: jnp.linalg.norm(u.reshape(NUM_TEST, -1), axis=1)
+        return jnp.median(norm(u - solution) / norm(solution))
+
+    return judge
+
+
+def solve_step(residuum_fn, u_prev):
+    """The next state, by Newton's method with the matrix of its first iteration."""
+    residuum = lambda u: jnp.ravel(residuum_fn(u.reshape(u_prev.shape), u_prev))
+    u = jnp.ravel(u_prev)
+    inverse = jnp.linalg.inv(jax.jacfwd(residuum)(u))
+    for _ in range(8):
+        u -= inverse @ residuum(u)
+    return u.reshape(u_prev.shape)
+
+
+#
+# All of it
+#
+
+FIELDS = ["problem", "cut", "num_rollout_steps", "seed", "error", "loss", "updates", "seconds"]
+FIELDS += ["machine"]
+
+
+def select_cases(problems, steps, seeds, seconds):
+    """What `run_case` needs, for each program that is to be trained."""
+    return [
+        (name, cut, num_rollout_steps, seed, seconds)
+        for seed, name, num_rollout_steps, cut in itertools.product(
+            seeds, problems, steps, CUTS
+        )
+        if same_program(cut, num_rollout_steps) == cut
+    ]
+
+
+def run_case(case):
+    """A row of the table."""
+    name, cut, num_rollout_steps, seed, seconds = case
+    key = jax.random.key(seed)
+    params, told = train(PROBLEMS[name], CUTS[cut], num_rollout_steps, key, seconds)
+    error = float(make_judge(name)(params))
+    row = dict(zip(FIELDS, (name, cut, num_rollout_steps, seed, error), strict=False))
+    return row | told | dict(machine=machine())
+
+
+def machine():
+    model = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = lines[0].split(":")[1].strip() if lines else model
+    return f"{model}, a core each, jax {jax.__version__}"
+
+
+def start_worker(cores):
+    """Before JAX starts its threads, of which there are as many as cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+    jax.config.update("jax_platforms", "cpu")
+
+
+def measure(cases, num_workers):
+    """Yields the rows as they come."""
+    context = multiprocessing.get_context("spawn")
+    cores = context.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for i in range(num_workers):
+        cores.put(available[i % len(available)])
+    with context.Pool(num_workers, start_worker, (cores,)) as pool:
+        yield from pool.imap_unordered(run_case, cases)
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def errors_of(rows, problem, cut, num_rollout_steps):
+    """Of all seeds, sorted; infinite where the emulator diverged. Of an entry that was not
+    trained, those of the same program."""
+    trained = same_program(cut, num_rollout_steps)
+    key = (problem, trained, str(num_rollout_steps))
+    fields = ("problem", "cut", "num_rollout_steps")
+    errors = [float(x["error"]) for x in rows if tuple(x[f] for f in fields) == key]
+    return sorted(x if x < DIVERGED else float("inf") for x in errors)
+
+
+DIVERGED = 10.0  # times the size of the solution
+
+
+#
+# The table
+#
+
+ROWS = {  # of `CUTS`, and how they are called
+    "no cut": "`Cuts()`",
+    "bptt=4": "`Cuts(bptt=4)`",
+    "bptt=2": "`Cuts(bptt=2)`",
+    "bptt=1": "`Cuts(bptt=1)`, with `prev=True` or not",
+    "prev": "`Cuts(prev=True)`",
+    "next": "`Cuts(next=True)`",
+}
+
+
+def print_table(rows):
+    steps = sorted({int(row["num_rollout_steps"]) for row in rows})
+    for problem in [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]:
+        header = " | ".join(f"T = {n}" if n == steps[0] else f"{n}" for n in steps)
+        print(f"| {problem} | {header} |\n| --- |" + " ---: |" * len(steps))
+        medians = {
+            (cut, n): statistics.median(errors)
+            for cut, n in itertools.product(ROWS, steps)
+            if (errors := errors_of(rows, problem, cut, n))
+        }
+        best = min(medians.values())
+        for cut, title in ROWS.items():
+            cells = [write_error(medians.get((cut, n)), best) for n in steps]
+            print(f"| {title} | " + " | ".join(cells) + " |")
+        updates = [
+            statistics.median(
+                int(row["updates"])
+                for row in rows
+                if row["problem"] == problem and int(row["num_rollout_steps"]) == n
+            )
+            for n in steps
+        ]
+        print(
+            "| *updates* | " + " | ".join(f"{float(f'{x:.2g}'):.0f}" for x in updates) + " |\n"
+        )
+
+
+def write_error(error, best):
+    if error is None:
+        return "no gradient"
+    if error == float("inf"):
+        return "diverged"
+    text = write_plainly(error)
+    return f"**{text}**" if error == best else text
+
+
+def write_plainly(x):
+    """Two digits, without an exponent."""
+    x, digits = float(f"{x:.2g}"), 2
+    while x < 10 ** (1 - digits) and digits < 6:
+        digits += 1
+    return f"{x:.{digits}f}"
+
+
+#
+# The figure
+#
+
+STYLES = {  # colours of Okabe and Ito, colour-blind safe
+    "no cut": dict(color="#000000", marker="o"),
+    "bptt=4": dict(color="#009E73", marker="^"),
+    "bptt=2": dict(color="#56B4E9", marker="v"),
+    "bptt=1": dict(color="#0072B2", marker="s", linewidth=2.5),
+    "prev": dict(color="#D55E00", marker="D", linestyle="--"),
+    "next": dict(color="#CC79A7", marker="x", linestyle=":"),
+}
+
+
+def draw(rows, path):
+    names = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
+    size = (1.4 + 3.1 * len(names), 3.6)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        draw_panel(axis, rows, name)
+    axes[0, 0].set_ylabel("relative error", fontsize=9)
+    labels = {"bptt=1": "bptt=1,\nprev or not"}
+    figure.legend(
+        axes[0, 0].lines[::2],  # the others are markers of what diverged
+        [labels.get(cut, cut) for cut in STYLES],
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_panel(axis, rows, name):
+    """Medians and range of the seeds; what diverged is a hollow marker at the upper edge."""
+    steps = sorted({int(row["num_rollout_steps"]) for row in rows if row["problem"] == name})
+    finite = [float(row["error"]) for row in rows if row["problem"] == name]
+    finite = [x for x in finite if x < DIVERGED]
+    low, high = min(finite, default=1) / 1.3, 1.3 * max(finite, default=1)
+    top = 1.4 * high if len(finite) < sum(row["problem"] == name for row in rows) else high
+    for i, (cut, style) in enumerate(STYLES.items()):
+        errors = {n: errors_of(rows, name, cut, n) for n in steps}
+        medians = {n: statistics.median(e) for n, e in errors.items() if e}
+        line = [min(y, top) for y in medians.values()]
+        axis.plot(list(medians), line, markersize=5, zorder=3, **style)
+        for n in medians:
+            if same_program(cut, n) == cut:
+                x = n * 1.03 ** (i - len(STYLES) / 2)  # lest the bars hide each other
+                bounds = [min(y, top) for y in (errors[n][0], errors[n][-1])]
+                axis.vlines(x, *bounds, color=style["color"], alpha=0.5, zorder=2)
+        lost = [n for n, y in medians.items() if y == float("inf")]
+        marks = dict(marker=style["marker"], markersize=7, color=style["color"])
+        marks |= dict(linestyle="", markerfacecolor="white", clip_on=False, zorder=4)
+        axis.plot(lost, [top] * len(lost), in_layout=False, **marks)
+    axis.set(xscale="log", yscale="log", xlabel="rollout steps T", ylim=(low, top))
+    axis.set_title(f"{name}, {PROBLEMS[name].judged_at}", fontsize=10)
+    axis.set_xticks(steps, [str(n) for n in steps])
+    ticks = [digit * 10.0**n for n in range(-7, 2) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--problems", nargs="+", choices=tuple(PROBLEMS), default=tuple(PROBLEMS)
+    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each training")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true", help="Lorenz, two lengths, one seed")
+    parser.add_argument("--draw", action="store_true", help="the figure and the table alone")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("benchmarks/which_cut.csv")
+    )
+    parser.add_argument("--figure", type=pathlib.Path)
+    args = parser.parse_args()
+    figure = args.figure or pathlib.Path("assets/which_cut.png")
+    steps, seeds = NUM_STEPS, SEEDS
+    if args.quick:
+        args.problems, args.seconds, steps, seeds = ("Lorenz",), 0.1, (1, 2), (0,)
+
+    if not args.draw:
+        kept = [row for row in read(args.output) if row["problem"] not in args.problems]
+        cases = select_cases(args.problems, steps, seeds, args.seconds)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+            for row in tqdm(measure(cases, args.workers), total=len(cases)):
+                writer.writerow(row)
+                file.flush()
+    rows = read(args.output)
+    print_table(rows)
+    if args.figure or args.draw or not args.quick:
+        draw(rows, figure)
+        print(f"Figure: {figure}")
+
+
+if __name__ == "__main__":
+    main()

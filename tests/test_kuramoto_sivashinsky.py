@@ -1,0 +1,162 @@
+"""The test of examples/kuramoto_sivashinsky.py is what it says: residuum, solver, states, and
+the figures by which emulators are judged."""
+
+import jax
+import jax.numpy as jnp
+import kuramoto_sivashinsky as example
+import numpy as np
+import pytest
+
+from residuum import residuum_loss
+from test_residuum import slow
+
+
+pytestmark = slow
+
+
+def attractor(num_samples=2):
+    """Smooth states of the right size."""
+    waves = example.long_waves(num_samples, jax.random.key(0))
+    return example.rollout(example.reference_solver(), waves, 600)[:, -1]
+
+
+def loss_of(stepper, states, num_steps=3):
+    residuum_fn = example.preconditioned_crank_nicolson
+    options = dict(num_rollout_steps=num_steps)
+    return jax.jit(lambda u: residuum_loss(stepper, u, residuum_fn, **options))(states[:, None])
+
+
+def test_the_exact_step_has_no_residuum():
+    states = attractor()
+    assert loss_of(example.crank_nicolson_step, states) < 1e-15
+    assert loss_of(lambda u: u, states) > 1e-4
+
+
+def time_derivative(u):
+    """Of states `[batch, x]`, in NumPy: -½ ∂(u²)/∂x - ∂²u/∂x² - ∂⁴u/∂x⁴."""
+    k = 2j * np.pi / (22 * np.pi) * np.fft.fftfreq(96, 1 / 96)
+    derivative = lambda u, order: np.fft.ifft(k**order * np.fft.fft(u)).real
+    return -derivative(u**2 / 2, 1) - derivative(u, 2) - derivative(u, 4)
+
+
+def runge_kutta(u, dt):
+    k1 = time_derivative(u)
+    k2 = time_derivative(u + dt / 2 * k1)
+    k3 = time_derivative(u + dt / 2 * k2)
+    k4 = time_derivative(u + dt * k3)
+    return u + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def test_solver_agrees_with_a_fine_one():
+    """To fourth order, which the second order of Crank-Nicolson is far from."""
+    states = attractor()
+    fine = np.asarray(states[:, 0], np.float64)
+    for _ in range(500):
+        fine = runge_kutta(fine, 10 * example.DT / 500)
+
+    def error(stepper):
+        u = example.rollout(stepper, states, 10)[:, -1, 0]
+        return np.sqrt(np.mean((np.asarray(u) - fine) ** 2))
+
+    assert error(example.reference_solver()) < 2e-5
+    assert 5e-5 < error(example.crank_nicolson_step) < 1e-3
+
+
+def test_long_waves_have_the_coefficients_of_the_test():
+    """u = Σ a_k exp(-2πikx/L) + c.c. with real and imaginary parts in [0, 1)."""
+    u = np.asarray(example.long_waves(200, jax.random.key(0)))[:, 0]
+    x = np.arange(96) / 96
+    a = np.stack([np.mean(u * np.exp(2j * np.pi * k * x), axis=-1) for k in (1, 2)], axis=-1)
+    for part in (a.real, a.imag):
+        assert np.all((part > -1e-6) & (part < 1 + 1e-6))
+        assert np.allclose(np.mean(part, axis=0), 0.5, atol=0.1)
+    waves = sum(a[:, k - 1 : k] * np.exp(-2j * np.pi * k * x) for k in (1, 2))
+    assert np.allclose(u, 2 * waves.real, atol=1e-5)
+
+
+def test_training_starts_from_waves_that_repeat_themselves_but_for_long_ones():
+    u = np.asarray(example.initial_conditions(200, jax.random.key(0)))[:, 0]
+    u_hat = np.fft.rfft(u) / 96
+    assert np.all(np.max(np.abs(u_hat[:, 1:3]), axis=-1) > 1e-4)
+    u_hat[:, 1:3] = 0
+    size = np.max(np.abs(np.fft.irfft(96 * u_hat)), axis=-1)
+    assert np.all((size > 2.5 - 1e-4) & (size < 3.5 + 1e-4))
+    assert np.min(size) < 2.6 and np.max(size) > 3.4
+    repetitions = set()
+    for wave in np.abs(u_hat):
+        others = [np.delete(wave, np.s_[::n]).max() for n in range(5, 10)]
+        assert min(others) < 1e-6
+        repetitions.add(5 + np.argmin(others))
+    assert {6, 7, 8} <= repetitions
+
+
+def random_network():
+    """Not the identity, as which it begins."""
+    stepper = example.ConvNet(width=3, key=jax.random.key(0))
+    leaves, structure = jax.tree.flatten(stepper)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def test_no_rollout_overflows():
+    """Whatever the weights: this network would square what it is given twice a step."""
+    stepper = jax.tree.map(lambda x: 10 * x, random_network())
+    u = example.rollout(stepper, attractor(), 50)
+    assert jnp.max(jnp.abs(u)) > 100 and jnp.all(jnp.isfinite(u))
+
+
+def test_the_network_begins_as_the_identity_and_commutes_with_shifts():
+    u = attractor()[0]
+    step = jax.jit(lambda stepper, u: stepper(u))
+    assert jnp.all(step(example.ConvNet(width=3, key=jax.random.key(0)), u) == u)
+    stepper = random_network()
+    assert jnp.max(jnp.abs(step(stepper, u) - u)) > 0.1
+    shifted = step(stepper, jnp.roll(u, 5))
+    assert jnp.allclose(shifted, jnp.roll(step(stepper, u), 5), atol=1e-5)
+
+
+def test_number_of_parameters():
+    stepper = example.ConvNet(width=3, depth=3, kernel_size=5, key=jax.random.key(0))
+    first, second, last = (1 * 5 + 1) * 6, (4 * 5 + 1) * 6, 7 * 5 + 1
+    assert example.num_parameters(stepper) == first + second + last
+
+
+def waves(amplitudes, num_steps=400):
+    """A standing trajectory `[1, time, 1, x]` of cosines, `{mode: amplitude}`."""
+    x = 2 * np.pi * np.arange(96) / 96
+    u = sum(amplitude * np.cos(mode * x) for mode, amplitude in amplitudes.items())
+    return jnp.broadcast_to(jnp.asarray(u), (1, num_steps, 1, 96))
+
+
+def test_spectrum_and_errors_of_known_waves():
+    u = waves({3: 2.0, 7: 0.5})
+    expected = np.zeros(49)
+    expected[[3, 7]] = 1.0, 0.0625
+    assert np.allclose(example.spectrum(u), expected, atol=1e-6)
+    assert np.allclose(example.mean_squared_error(1.1 * u, u), 0.01 * (2 + 0.125), rtol=1e-4)
+    assert np.allclose(example.relative_error(1.1 * u, u), 0.1, rtol=1e-4)
+
+
+def test_verdict_of_a_known_emulator():
+    """Ten per cent too large; another wave from t = 30 on; nothing more from t = 35 on."""
+    every = {mode: 1.0 for mode in range(49)}
+    u = waves(every)
+    emulated = (1.1 * u).at[:, 300:].multiply(-1)
+    verdict = example.judge(emulated, u, 12, 3.4)
+    mse = 0.01 * np.mean(u**2)
+    expected = [mse, mse, mse, mse, 30.0, 1.1 * np.std(u), 0.21, 12, 3.4]
+    assert np.allclose(verdict.row[:4], expected[:4], rtol=1e-3)
+    assert np.allclose(verdict.row[[4, 6, 7, 8]], expected[4:5] + expected[6:], rtol=1e-3)
+    assert verdict.energy.shape == (23,) and np.allclose(verdict.energy, 1.21, rtol=1e-3)
+    diverged = example.judge(emulated.at[:, 50:].set(jnp.nan), u)
+    assert np.isclose(diverged.row[0], mse, rtol=1e-3) and np.all(diverged.row[1:4] == np.inf)
+    assert np.isclose(diverged.row[4], 5.0)
+
+
+def test_the_published_test_is_on_the_attractor():
+    """Chaos has forgotten the beginning: the statistics do not change any more."""
+    reference = example.published_test(num_samples=16)
+    assert reference.shape == (16, 1001, 1, 96)
+    early, late = (float(jnp.std(u)) for u in (reference[:, :300], reference[:, -300:]))
+    assert early == pytest.approx(late, rel=0.05) and early == pytest.approx(1.31, rel=0.05)

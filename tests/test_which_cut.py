@@ -1,0 +1,146 @@
+"""What benchmarks/which_cut.py takes for the same program has the same gradient, in all that
+it compares; what it measures and draws; and the table in the documentation."""
+
+import csv
+import functools
+import itertools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import ROOT
+
+from test_residuum import assert_close, evaluate, problem, residuum_loss, slow
+
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import which_cut
+
+
+pytestmark = slow
+
+
+@functools.cache
+def gradients(num_rollout_steps):
+    """Of every cut: with respect to the parameters and what the residuum closes over."""
+    params, data, weights, coefficient = problem(num_rollout_steps)
+
+    def loss(inputs, cuts):
+        args = (inputs, data, weights, coefficient)
+        options = dict(num_rollout_steps=num_rollout_steps, cuts=cuts)
+        return evaluate(residuum_loss, *args, **options)
+
+    @jax.jit
+    def all_of_them(params):
+        return {name: jax.grad(loss)(params, cuts) for name, cuts in which_cut.CUTS.items()}
+
+    return all_of_them(params)
+
+
+def distance(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs)
+
+
+STEPS = pytest.mark.parametrize("num_rollout_steps", which_cut.NUM_STEPS)
+
+
+@STEPS
+def test_what_counts_as_the_same_program_has_the_same_gradient(num_rollout_steps):
+    grads = gradients(num_rollout_steps)
+    for cut, grad in grads.items():
+        same = which_cut.same_program(cut, num_rollout_steps)
+        expected = jax.tree.map(jnp.zeros_like, grad) if same is None else grads[same]
+        assert_close(grad, expected, what=(cut, same))
+
+
+@STEPS
+def test_programs_that_are_trained_have_different_gradients(num_rollout_steps):
+    grads = gradients(num_rollout_steps)
+    trained = [
+        cut for cut in which_cut.CUTS if which_cut.same_program(cut, num_rollout_steps) == cut
+    ]
+    assert len(trained) == {1: 1, 2: 4, 4: 5, 8: 6, 16: 6}[num_rollout_steps]
+    for one, other in itertools.combinations(trained, 2):
+        assert distance(grads[one], grads[other]) > 1e-3, (one, other)
+
+
+def test_all_cuts_and_lengths_are_trained_or_equal_to_one_that_is():
+    cases = which_cut.select_cases(tuple(which_cut.PROBLEMS), which_cut.NUM_STEPS, (0, 1), 1.0)
+    assert len(cases) == len(set(cases)) == 22 * 3 * 2
+    trained = {(cut, num_steps) for _, cut, num_steps, _, _ in cases}
+    for cut, num_steps in itertools.product(which_cut.CUTS, which_cut.NUM_STEPS):
+        same = which_cut.same_program(cut, num_steps)
+        assert (same, num_steps) in trained or (cut, num_steps) == ("next", 1)
+
+
+def run_script(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
+    command = [sys.executable, str(ROOT / "benchmarks" / "which_cut.py"), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_quick_mode_measures_and_draws(tmp_path):
+    names = ("cut.csv", "cut.png")
+    output, figure = (str(tmp_path / name) for name in names)
+    table = run_script("--quick", "--workers", "1", "--output", output, "--figure", figure)
+    rows = which_cut.read(tmp_path / "cut.csv")
+    assert len(rows) == 5
+    for row in rows:
+        assert int(row["updates"]) >= 1
+        assert float(row["loss"]) > 0 and float(row["seconds"]) > 0
+    # Trained alike with the same seed, they began with the same states and parameters.
+    assert len({row["error"] for row in rows}) == 5
+    assert "| Lorenz | T = 1 | 2 |" in table and "no gradient" in table
+    assert (tmp_path / "cut.png").stat().st_size > 1000
+
+
+def made_up_rows():
+    for case in which_cut.select_cases(("Burgers", "Lorenz"), (1, 2, 4), (0, 1, 2), 1.0):
+        name, cut, num_steps, seed, seconds = case
+        error = {0: 0.01, 1: 0.02, 2: 0.5}[seed] / num_steps
+        if (name, cut) == ("Burgers", "next"):
+            error = [0.1, float("nan"), 1e9][seed]  # the median is infinite
+        if (name, cut) == ("Lorenz", "prev"):
+            error = [0.001, 0.001, float("inf")][seed]  # it is not
+        key = dict(problem=name, cut=cut, num_rollout_steps=num_steps, seed=seed)
+        yield key | dict(error=error, loss=1.0, updates=100 // num_steps, seconds=seconds)
+
+
+def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
+    with (tmp_path / "cut.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, which_cut.FIELDS)
+        writer.writeheader()
+        writer.writerows(made_up_rows())
+    output, figure = str(tmp_path / "cut.csv"), str(tmp_path / "cut.png")
+    lines = run_script("--draw", "--output", output, "--figure", figure).splitlines()
+    burgers, lorenz = (
+        lines[i : i + 9]
+        for i in (lines.index(f"| {name} | T = 1 | 2 | 4 |") for name in ("Burgers", "Lorenz"))
+    )
+    assert burgers[2] == "| `Cuts()` | 0.020 | 0.010 | **0.0050** |"
+    assert burgers[3] == "| `Cuts(bptt=4)` | 0.020 | 0.010 | **0.0050** |"
+    assert burgers[7] == "| `Cuts(next=True)` | no gradient | diverged | diverged |"
+    assert burgers[8] == "| *updates* | 100 | 50 | 25 |"
+    assert lorenz[6] == "| `Cuts(prev=True)` | 0.020 | **0.0010** | **0.0010** |"
+    import matplotlib.image
+
+    picture = matplotlib.image.imread(figure)[..., :3]
+    for cut, style in which_cut.STYLES.items():
+        color = [int(style["color"][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert np.any(np.all(np.abs(picture - color) < 0.01, axis=-1)), cut
+
+
+def test_the_documentation_has_the_table_of_the_measured_rows(capsys):
+    which_cut.print_table(which_cut.read(ROOT / "benchmarks" / "which_cut.csv"))
+    table = capsys.readouterr().out.strip()
+    assert table.count("Cuts()") == 3
+    assert table in (ROOT / "docs" / "cuts.md").read_text()
