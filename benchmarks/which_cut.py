@@ -89,17 +89,17 @@ def same_program(cut, num_rollout_steps):
 
 class Problem(NamedTuple):
     network: Callable[..., Any]  # of a key
-    apply: Callable[[Any, jax.Array], jax.Array]  # network, u -> u_next
     residuum_fn: Callable[[jax.Array, jax.Array], jax.Array]
     initial_conditions: Callable[..., jax.Array]  # num_samples, key -> [num_samples, ...]
     test_states: Callable[..., jax.Array]  # the same
     learning_rate: float
     num_test_steps: int
     judged_at: str
-    pool_size: int
-    batch_size: int
-    anew: float  # the share of samples that start anew
     bound: float  # on |u|, beyond which a sample is lost
+    apply: Callable[..., jax.Array] = lambda network, u: network(u)
+    pool_size: int = 512
+    batch_size: int = 8
+    anew: float = 0.01  # the share of samples that start anew
 
 
 def on_attractor(solver, states):
@@ -111,7 +111,6 @@ def on_attractor(solver, states):
 PROBLEMS = {
     "Burgers": Problem(
         network=lambda key: burgers.ConvNet(key=key),
-        apply=lambda network, u: network(u),
         residuum_fn=burgers.crank_nicolson,
         initial_conditions=burgers.initial_conditions,
         test_states=burgers.initial_conditions,
@@ -119,13 +118,11 @@ PROBLEMS = {
         num_test_steps=50,
         judged_at="step 50",
         pool_size=8,
-        batch_size=8,
         anew=1.0,
         bound=10.0,
     ),
     "Kuramoto–Sivashinsky": Problem(
         network=lambda key: kuramoto_sivashinsky.ConvNet(key=key),
-        apply=lambda network, u: network(u),
         residuum_fn=kuramoto_sivashinsky.preconditioned_crank_nicolson,
         initial_conditions=kuramoto_sivashinsky.initial_conditions,
         test_states=lambda n, key: on_attractor(
@@ -135,9 +132,6 @@ PROBLEMS = {
         learning_rate=5e-3,
         num_test_steps=50,
         judged_at="t = 5",
-        pool_size=512,
-        batch_size=8,
-        anew=0.01,
         bound=10.0,
     ),
     "Lorenz": Problem(
@@ -151,9 +145,7 @@ PROBLEMS = {
         learning_rate=3e-3,
         num_test_steps=55,
         judged_at="t = 1.1, a Lyapunov time",
-        pool_size=512,
         batch_size=64,
-        anew=0.01,
         bound=75.0,
     ),
 }

@@ -147,7 +147,7 @@ def inputs_of_every_kind(make, batch=8):
 
 
 def compile_every_option(target, cut):
-    """Numbers of programs and of finished compilations."""
+    """Names of the dtypes that each program returns."""
     import accelerators
     import numpy as np
 
