@@ -93,7 +93,6 @@ TARGETS = {
     "H100:1": Target("H100", "1x1x1", 80),
     "H100:8": Target("H100", "1x1x8", 80),
 }
-EVERYTHING = ("v5e:2x2", "v5e:16x16", "H100:1", "H100:8")  # of the others, few rows
 
 COMPILERS = {  # the distribution, the extra that installs it, and where it runs
     "tpu": ("libtpu", "tpu", "x86-64 Linux"),
@@ -219,6 +218,7 @@ NETWORKS = {
 }
 # The same network on more points: what no chip holds, not even for one step.
 LARGE = ("conv 3D, 256³", "conv 3D, 512³")
+SMALL = tuple(NETWORKS)
 NETWORKS |= {x: NETWORKS["conv 3D"]._replace(state=(int(x[-4:-1]),) * 3) for x in LARGE}
 
 
@@ -433,6 +433,8 @@ def size_of(dtype, shape):
 #
 
 STEPS = (10, 100, 1000)
+# The networks that are compiled with every option; of other targets there are few rows.
+EVERYTHING = {"v5e:2x2": SMALL, "v5e:16x16": ("MLP",), "H100:1": SMALL, "H100:8": SMALL}
 CHECKPOINT_EVERY = {100: 10, 1000: 25}  # near the root, and a divisor
 FEW = [("plain scan", False, {}), ("residuum", False, dict(checkpoint=True))]
 FEW += [("residuum", 1, {})]
@@ -450,11 +452,10 @@ def select_cases(target_name, quick=False):
             yield Case("MLP", way, *choice, 100)
         return
     is_main = target_name in EVERYTHING
-    for network in ("MLP", "conv 2D", "FNO", "conv 3D") if is_main else ("MLP", "conv 3D"):
+    for network in SMALL if is_main else ("MLP", "conv 3D"):
         for num_steps in STEPS if is_main else (100,):
-            everything = is_main and network == "MLP"
-            choices = select_options(num_steps) if everything else FEW
-            for choice in choices:
+            everything = network in EVERYTHING.get(target_name, ())
+            for choice in select_options(num_steps) if everything else FEW:
                 yield Case(network, way, *choice, num_steps)
     for network in LARGE:
         yield Case(network, way, "residuum", 1, {}, 100)
@@ -480,11 +481,6 @@ def select_options(num_steps):
         yield "residuum", k, dict(checkpoint=True)
     if num_steps in CHECKPOINT_EVERY:
         yield "residuum", False, dict(checkpoint=CHECKPOINT_EVERY[num_steps])
-
-
-def default_networks(target_name):
-    """A TPU's compiler takes a minute or two for a 2D convolutional network."""
-    return ("MLP",) if TARGETS[target_name].platform == "tpu" else tuple(NETWORKS)
 
 
 def read(path):
@@ -624,7 +620,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
-    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS))
+    parser.add_argument(
+        "--networks", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS)
+    )
     parser.add_argument("--quick", action="store_true", help="the MLP, three rows a target")
     parser.add_argument("--draw", action="store_true", help="the figure alone")
     parser.add_argument(
@@ -650,7 +648,7 @@ def main():
         (name, case)
         for name in targets
         for case in select_cases(name, args.quick)
-        if case.network in (args.networks or default_networks(name))
+        if case.network in args.networks
     ]
     made = {(name, case.network) for name, case in cases}
     kept = [x for x in read(args.output) if (x["target"], x["network"]) not in made]

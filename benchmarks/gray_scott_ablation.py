@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=0.6, help="of training for each run")
     parser.add_argument("--rows", nargs="+", default=tuple(ROWS), choices=ROWS)
-    parser.add_argument("--quick", action="store_true", help="one row, 5 updates")
+    parser.add_argument("--quick", action="store_true", help="one row, 5 updates, 4 samples")
     parser.add_argument("--table", action="store_true", help="of the file that is there")
     parser.add_argument(
         "--output",
@@ -135,6 +135,7 @@ def main():
     rates = LEARNING_RATES
     if args.quick:
         args.rows, rates = ("no pool",), LEARNING_RATES[:1]
+    num_test = 4 if args.quick else gray_scott.NUM_TEST
 
     train_key, test_key = jax.random.split(jax.random.key(args.seed))
     standing_still = lambda state: state
@@ -143,7 +144,7 @@ def main():
             states,
             *(gray_scott.rollout(s, states) for s in (gray_scott.solver, standing_still)),
         )
-        for start, states in gray_scott.test_states(test_key).items()
+        for start, states in gray_scott.test_states(test_key, num_test).items()
     }
     persistence = {"row": "persistence", "learning rate": "", "updates": ""}
     rows = [persistence | {"seconds": ""} | judge(standing_still, tests)]

@@ -257,9 +257,9 @@ def rollout(stepper, states):
     return jnp.moveaxis(jax.lax.scan(step, states, length=TEST_STEPS + 1)[1], 0, 1)
 
 
-def test_states(key):
+def test_states(key, num_samples=NUM_TEST):
     """Unseen initial conditions with unseen rates, and the patterns that grow from them."""
-    seeds = random_states(key, NUM_TEST)
+    seeds = random_states(key, num_samples)
     advance = lambda state: jax.lax.fori_loop(0, TRANSIENT_STEPS, lambda _, s: solver(s), state)
     return {"seeds": seeds, "patterns": jax.jit(jax.vmap(advance))(seeds)}
 
@@ -336,7 +336,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=10000)
     parser.add_argument("--output", type=pathlib.Path, default="assets/gray_scott.png")
-    parser.add_argument("--quick", action="store_true", help="10 updates")
+    parser.add_argument("--quick", action="store_true", help="10 updates, 4 test samples")
     args = parser.parse_args()
 
     train_key, test_key = jax.random.split(jax.random.key(args.seed))
@@ -344,7 +344,8 @@ def main():
     stepper = train(Recipe(), num_updates=num_updates, key=train_key)
 
     steppers = {"solver": solver, "persistence": lambda state: state, "emulator": stepper}
-    for start, states in test_states(test_key).items():
+    num_test = 4 if args.quick else NUM_TEST
+    for start, states in test_states(test_key, num_test).items():
         trajectories = {name: rollout(s, states) for name, s in steppers.items()}
         errors = judge(trajectories)
         print_table(start, errors)

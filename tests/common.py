@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @contextlib.contextmanager
 def config(name, value):
-    before = getattr(jax.config, name)
+    before = jax.config.values[name]
     jax.config.update(name, value)
     try:
         yield

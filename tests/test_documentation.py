@@ -50,6 +50,10 @@ def programs():
 PROGRAMS = list(programs())
 
 
+# Which trains for so long that XLA's optimisations are worth their time.
+TRAINS_LONG = "your_own_problem.md"
+
+
 def run(name, program):
     """Runs the blocks of a program one after the other: in float32, as a reader would."""
     text = "".join(program)
@@ -59,13 +63,13 @@ def run(name, program):
     if "jax.shard_map" in text and not hasattr(jax, "shard_map"):
         pytest.skip("needs a newer JAX")
     namespace = {"__name__": "__main__"}
-    was_double = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", False)
-    try:
+    optimized = OPTIMIZED or name == TRAINS_LONG
+    with (
+        config("jax_enable_x64", False),
+        config("jax_disable_most_optimizations", not optimized),
+    ):
         for block in program:
             exec(compile(block, name, "exec"), namespace)
-    finally:
-        jax.config.update("jax_enable_x64", was_double)
     return namespace
 
 
