@@ -483,6 +483,11 @@ def select_options(num_steps):
         yield "residuum", False, dict(checkpoint=CHECKPOINT_EVERY[num_steps])
 
 
+def default_networks(target_name):
+    """A TPU's compiler takes a minute or so for each program of the others."""
+    return ("MLP",) if TARGETS[target_name].platform == "tpu" else tuple(NETWORKS)
+
+
 def read(path):
     if not path.exists():
         return []
@@ -620,9 +625,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
-    parser.add_argument(
-        "--networks", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS)
-    )
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS))
     parser.add_argument("--quick", action="store_true", help="the MLP, three rows a target")
     parser.add_argument("--draw", action="store_true", help="the figure alone")
     parser.add_argument(
@@ -648,7 +651,7 @@ def main():
         (name, case)
         for name in targets
         for case in select_cases(name, args.quick)
-        if case.network in args.networks
+        if case.network in (args.networks or default_networks(name))
     ]
     made = {(name, case.network) for name, case in cases}
     kept = [x for x in read(args.output) if (x["target"], x["network"]) not in made]
