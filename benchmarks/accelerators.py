@@ -433,8 +433,13 @@ def size_of(dtype, shape):
 #
 
 STEPS = (10, 100, 1000)
-# The networks that are compiled with every option; of other targets there are few rows.
-EVERYTHING = {"v5e:2x2": SMALL, "v5e:16x16": ("MLP",), "H100:1": SMALL, "H100:8": SMALL}
+# What is compiled with every option. Of other networks and targets there are few rows.
+EVERYTHING = {
+    "v5e:2x2": ("MLP", "conv 3D"),
+    "v5e:16x16": ("MLP",),
+    "H100:1": SMALL,
+    "H100:8": SMALL,
+}
 CHECKPOINT_EVERY = {100: 10, 1000: 25}  # near the root, and a divisor
 FEW = [("plain scan", False, {}), ("residuum", False, dict(checkpoint=True))]
 FEW += [("residuum", 1, {})]

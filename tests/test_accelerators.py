@@ -7,10 +7,12 @@ run (`JAX_PLATFORMS=cuda,cpu python -m pytest`), and speed.
 """
 
 import concurrent.futures
+import csv
 import functools
 import importlib.metadata
 import itertools
 import multiprocessing
+import re
 import sys
 
 import jax
@@ -328,3 +330,63 @@ def test_many_chips_are_as_few(compiler, target):
     few, many = (compiler(describe, name, "MLP", 1, 100) for name in (target, "v5e:16x16"))
     same = ("temp_bytes", "argument_bytes", "loop_collectives", "once_collectives")
     assert [few[name] for name in same] == [many[name] for name in same]
+
+
+#
+# The tables of docs/scaling_out.md are those of benchmarks/accelerators.csv
+#
+
+PROGRAMS = {  # loss, cut, options
+    "plain scan": ("plain scan", "no cut", ""),
+    "`checkpoint=True`": ("residuum", "no cut", "checkpoint=True"),
+    "`checkpoint=k`": ("residuum", "no cut", r"checkpoint=\d+"),
+    "`bptt=5`": ("residuum", "bptt=5", ""),
+    "`bptt=5`, `checkpoint=True`": ("residuum", "bptt=5", "checkpoint=True"),
+    "`bptt=1`": ("residuum", "bptt=1", ""),
+}
+PROGRAMS["plain scan, with any cut"] = PROGRAMS["plain scan"]
+IN_2D = {
+    "convolutions, H100 of 80 GB": ("H100:1", "conv 2D"),
+    "FNO, H100": ("H100:1", "FNO"),
+    "convolutions, TPU v5e of 16 GB": ("v5e:2x2", "conv 2D"),
+    "FNO, TPU v5e": ("v5e:2x2", "FNO"),
+}
+OF_2D = [("plain scan", 10), ("plain scan", 100), ("plain scan", 1000)]
+OF_2D += [("`checkpoint=True`", 1000), ("`bptt=1`", 1000)]
+
+
+def figures_of_the_page():
+    """Target, network, program, number of steps, and what the page says of it."""
+    page = (ROOT / "docs" / "scaling_out.md").read_text()
+    tables = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+        for table in re.findall(r"(?:^\|.*\|\n)+", page, re.MULTILINE)
+        if " GB |" in table
+    )
+    in_2d, *in_3d = ({name: cells for name, *cells in table} for table in tables)
+    for name, place in IN_2D.items():
+        for (program, num_steps), cell in zip(OF_2D, in_2d[name], strict=True):
+            yield *place, program, num_steps, cell
+    for target, table in zip(("H100:1", "v5e:2x2"), in_3d, strict=True):
+        for program, cells in table.items():
+            for num_steps, cell in zip((10, 100, 1000), cells, strict=True):
+                yield target, "conv 3D", program, num_steps, cell
+
+
+def test_the_page_has_the_figures_of_the_file():
+    with (ROOT / "benchmarks" / "accelerators.csv").open() as file:
+        rows = [x for x in csv.DictReader(file) if x["way"] in ("one chip", "shard_map")]
+    figures = [figure for figure in figures_of_the_page() if figure[-1]]
+    assert len(figures) == 20 + 14 + 17
+    for target, network, program, num_steps, cell in figures:
+        *names, options = PROGRAMS[program]
+        names = dict(zip(("loss", "cut"), names, strict=True), target=target, network=network)
+        (row,) = (
+            row
+            for row in rows
+            if names.items() <= row.items() and row["num_rollout_steps"] == str(num_steps)
+            if re.fullmatch(options, row["options"])
+        )
+        number, decimals = re.search(r"(\d+\.?(\d*)) GB", cell).groups()
+        assert number == f"{int(row['needed_bytes']) / 1e9:.{len(decimals)}f}", row
+        assert ("does not fit" in cell) == (row["fits"] == "no"), row
