@@ -144,15 +144,15 @@ def test_processes_train_like_one(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "num_processes, fault, what",
+    "fault, what",
     [
-        (4, "SIGKILL", "1 (killed by SIGKILL)"),  # perhaps after others, which end of it
+        ("SIGKILL", "1 (killed by SIGKILL)"),  # perhaps after 0, which ends of it
         # It is there, but does not answer, like a machine that is cut off from the network.
-        (2, "SIGSTOP", "Died: process 0"),
+        ("SIGSTOP", "Died: process 0"),
     ],
 )
-def test_all_end_with_the_one_that_dies(num_processes, fault, what, uninterrupted, tmp_path):
-    command = (*TRAINING, "--num-processes", str(num_processes), "--checkpoint", "checkpoint")
+def test_all_end_with_the_one_that_dies(fault, what, uninterrupted, tmp_path):
+    command = (*TRAINING, "--num-processes", "2", "--checkpoint", "checkpoint")
     with started(tmp_path, command, fault=f"{fault} update 1") as [launcher]:
         launcher.wait(timeout=300)
         assert seconds_since_the_fault(tmp_path) < 60
@@ -162,19 +162,24 @@ def test_all_end_with_the_one_that_dies(num_processes, fault, what, uninterrupte
     assert launcher.returncode == 1, log
     assert what in log and "The same command goes on from the last checkpoint" in log
     if fault == "SIGKILL":
-        assert_goes_on(tmp_path, 2, uninterrupted)  # also with another number of processes
+        assert_goes_on(tmp_path, 2, uninterrupted)
 
 
-@pytest.mark.parametrize("fault, process", [("SIGKILL", 0), ("error", 1)])
-def test_all_end_where_nobody_looks_after_them(fault, process, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    "num_processes, fault, process",
+    [(4, "SIGKILL", 3), (2, "SIGKILL", 0), (2, "error", 1)],
+)
+def test_all_end_where_nobody_looks_after_them(
+    num_processes, fault, process, uninterrupted, tmp_path
+):
     """As on a cluster, where each is started by itself."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    options = ("--num-processes", "2", "--coordinator", coordinator)
+    options = ("--num-processes", str(num_processes), "--coordinator", coordinator)
     commands = [
         (*TRAINING, *options, "--process-id", str(i), "--checkpoint", "checkpoint")
-        for i in range(2)
+        for i in range(num_processes)
     ]
     with started(tmp_path, *commands, fault=f"{fault} update {process}") as processes:
         processes[process].wait(timeout=300)
@@ -183,6 +188,8 @@ def test_all_end_where_nobody_looks_after_them(fault, process, uninterrupted, tm
     codes = [process.returncode for process in processes]
     assert all(codes), codes
     assert codes[process] == (-signal.SIGKILL if fault == "SIGKILL" else 1)
+    if num_processes == 4:  # goes on with another number of processes
+        assert_goes_on(tmp_path, 2, uninterrupted)
 
 
 def test_processes_of_a_cluster_find_each_other(uninterrupted, tmp_path):
