@@ -435,7 +435,7 @@ def size_of(dtype, shape):
 STEPS = (10, 100, 1000)
 # What is compiled with every option. Of other networks and targets there are few rows.
 EVERYTHING = {
-    "v5e:2x2": ("MLP", "conv 2D", "conv 3D"),
+    "v5e:2x2": SMALL,
     "v5e:16x16": ("MLP",),
     "H100:1": SMALL,
     "H100:8": SMALL,
