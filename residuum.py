@@ -1,28 +1,26 @@
-"""Train neural emulators of time-dependent problems on the residuum of their rollout.
+"""Train neural emulators of time-dependent problems on the residual of their rollout.
 
-An autoregressive network `stepper` advances a state in time, `u_next = stepper(u_prev)`.
-If the problem is discretised as `residuum_fn(u_next, u_prev) = 0` (an implicit time step,
-say), the network can be trained from initial conditions alone: roll it out, and ask at
-every time level how far two consecutive states are from satisfying the equation. No
-reference trajectory is needed and no solver runs in the loop.
+An autoregressive network `stepper` advances a state in time. If the problem is discretised
+as `residuum_fn(u_next, u_prev) = 0`, by an implicit time step for example, the network can be
+trained from initial conditions alone: roll it out, and measure at every time level how far
+two consecutive states are from satisfying the equation. No reference trajectory is needed, and
+no solver runs in the loop. ("Residuum" is the word of trainax, the reference, for residual.)
 
-This module is one pure function, `residuum_loss`. It needs jax and jaxtyping, and may be
-installed (`pip install residuum-jax`) or copied into a project as the one file it is.
+This one file needs jax and jaxtyping. Install it (`pip install residuum-jax`), or copy it.
 """
 
 import reprlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial, reduce
 from itertools import pairwise
-from numbers import Integral, Number
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple, overload
+from numbers import Number
+from operator import is_, itemgetter
+from typing import Any, get_args, Literal, NamedTuple, overload, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr, Tracer
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 
 
@@ -34,23 +32,26 @@ __version__ = "0.1.0"
 # Public API
 #
 
+# With `inputs`, the user's functions have one more argument.
+Stepper = Callable[[PyTree], PyTree] | Callable[[PyTree, PyTree], PyTree]
+ResiduumFn = Callable[[PyTree, PyTree], PyTree] | Callable[[PyTree, PyTree, PyTree], PyTree]
+
 
 class Cuts(NamedTuple):
     """Where gradients stop in a rollout. Values never change.
 
-    Python bools and ints are static: they leave no selection in the program, and JAX
-    drops the backward pass that became dead. Arrays are data: changing them does not
-    recompile. They select, they do not multiply, so a cut also keeps NaN and infinity
-    on the far side out of the gradient.
+    Python bools and ints are static: JAX drops the dead backward pass. Arrays are data: a
+    change does not recompile. A cut replaces the cotangent, it does not multiply it by zero, so
+    no NaN or infinity downstream of it can reach the gradient upstream.
 
     **Fields:**
 
-    - `bptt`: cuts the main chain, i.e., truncates backpropagation through time. `False`
-        keeps all of it. An int `k >= 1` cuts after every `k`-th step: the state made by
-        step `t`, counted from 0, is cut where `(t + 1) % k == 0`. `True` is `1`. A bool
-        array or list `[num_rollout_steps]` cuts after step `t` where it is true.
-    - `prev`, `next`: cut that argument of `residuum_fn`. A bool, or a bool array `[]` or
-        `[num_rollout_steps]`, or a list, that says so for each time level.
+    - `bptt`: cuts the main chain, i.e., truncates backpropagation through time (TBPTT). An
+        int `k >= 1` cuts after every `k`-th step: the state made by step `t`, counted from 0,
+        is cut where `(t + 1) % k == 0`. `False` cuts nothing, `True` means 1. A bool array or
+        list `[num_rollout_steps]` cuts after step `t` where it is true.
+    - `prev`, `next`: cut that argument of `residuum_fn`. A bool, or a bool array or list, `[]`
+        or `[num_rollout_steps]`.
     """
 
     bptt: bool | int | Bool[ArrayLike, " num_rollout_steps"] | Sequence[bool] = False
@@ -64,8 +65,8 @@ class Rollout(NamedTuple):
     **Fields:**
 
     - `time_level_losses`: the unweighted batch-mean loss of every time level.
-    - `final_state`: the state after the last step, leaves `[batch, ...]`. With a snapshot
-        axis put back (`x[:, None]`) it is the `data` for the next piece of a trajectory.
+    - `final_state`: the state after the last step, leaves `[batch, ...]`. With a snapshot axis,
+        `x[:, None]`, it is the `data` for the next piece of a trajectory.
     """
 
     time_level_losses: Float[Array, " num_rollout_steps"]
@@ -73,225 +74,251 @@ class Rollout(NamedTuple):
 
 
 def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
-    """Mean of `|r|²` over all entries of all leaves.
+    """Mean of `|r|²` over all entries of all leaves: a real scalar, in float32 or wider.
 
     **Arguments:**
 
-    - `residuum`: PyTree of real or complex arrays of any shape.
-
-    **Returns:**
-
-    Real scalar, accumulated in float32 or wider. Leaves count by their number of entries.
+    - `residuum`: PyTree of real or complex arrays of any shape, with at least one entry.
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(residuum)]
-    if not leaves:
-        raise ValueError(f"residuum must hold at least one array, got {residuum!r}.")
-    # |r|² = Re² + Im² is differentiable where r is 0, unlike abs(r)**2.
-    parts = [x for r in leaves for x in ([r.real, r.imag] if jnp.iscomplexobj(r) else [r])]
-    sums = [jnp.sum(jnp.square(_at_least_float32(x))) for x in parts]
+    num_entries = sum(r.size for r in leaves)
+    _check(num_entries > 0, ValueError, "residuum must have at least one entry", residuum)
+    # Unlike abs(r)**2, this is differentiable where r is 0.
+    sums = [jnp.sum((r * r.conj()).real) for r in map(_at_least_float32, leaves)]
     widest = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
-    return reduce(jnp.add, [s.astype(widest) for s in sums]) / sum(r.size for r in leaves)
+    return reduce(jnp.add, [s.astype(widest) for s in sums]) / num_entries
+
+
+class Options(TypedDict, total=False):  # for type checkers
+    num_rollout_steps: int
+    cuts: Cuts
+    weights: Real[ArrayLike, " num_rollout_steps"] | Sequence[float | Array] | None
+    inputs: PyTree[Shaped[ArrayLike, "batch num_rollout_steps ..."]] | None
+    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]]
+    axis_name: Hashable
+    checkpoint: bool | int
+    unroll: int | bool
 
 
 @overload
 def residuum_loss(
-    stepper: Callable[[PyTree], PyTree],
+    stepper: Stepper,
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[PyTree, PyTree], PyTree],
+    residuum_fn: ResiduumFn,
     *,
-    num_rollout_steps: int = ...,
-    cuts: Cuts = ...,
-    weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
-    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = ...,
-    checkpoint: bool | int = ...,
-    unroll: int | bool = ...,
     has_aux: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Float[Array, ""]: ...
 @overload
 def residuum_loss(
-    stepper: Callable[[PyTree], PyTree],
+    stepper: Stepper,
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[PyTree, PyTree], PyTree],
+    residuum_fn: ResiduumFn,
     *,
-    num_rollout_steps: int = ...,
-    cuts: Cuts = ...,
-    weights: Real[ArrayLike, "num_rollout_steps"] | Sequence[Any] | None = ...,
-    time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = ...,
-    checkpoint: bool | int = ...,
-    unroll: int | bool = ...,
     has_aux: Literal[True],
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, ""], Rollout]: ...
 def residuum_loss(
-    stepper: Callable[[PyTree], PyTree],
+    stepper: Stepper,
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
-    residuum_fn: Callable[[PyTree, PyTree], PyTree],
+    residuum_fn: ResiduumFn,
     *,
     num_rollout_steps: int = 1,
     cuts: Cuts = Cuts(),
-    weights: Real[ArrayLike, "{num_rollout_steps}"] | Sequence[Any] | None = None,
+    weights: Real[ArrayLike, " num_rollout_steps"] | Sequence[float | Array] | None = None,
+    inputs: PyTree[Shaped[ArrayLike, "batch {num_rollout_steps} ..."]] | None = None,
     time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = mse,
+    axis_name: Hashable = None,
     checkpoint: bool | int = False,
     unroll: int | bool = 1,
     has_aux: bool = False,
 ) -> Float[Array, ""] | tuple[Float[Array, ""], Rollout]:
-    """Loss of an autoregressive rollout, measured by the residuum between its states.
+    """Loss of an autoregressive rollout, measured by the residual between its states.
 
         u⁰ = data[:, 0],   uᵗ⁺¹ = stepper(uᵗ),   t = 0, …, num_rollout_steps - 1
 
         L = Σₜ weights[t] · mean_batch time_level_loss(residuum_fn(uᵗ⁺¹, uᵗ))
 
-    `stepper`, `residuum_fn` and `time_level_loss` are called on one sample, without a batch
-    axis, and must be pure. Gradients flow to whatever they close over, to `data` and to
-    `weights`. The reference is the configuration `Residuum` of trainax
-    (https://github.com/Ceyron/trainax), whose taxonomy is due to Koehler et al., "APEBench: A
-    Benchmark for Autoregressive Neural Emulators of PDEs" (https://arxiv.org/abs/2411.00180).
+    The functions are called on one sample, without a batch axis, and must be pure. Gradients
+    flow to whatever they close over, to `data`, `weights` and `inputs`. The reference is the
+    configuration `Residuum` of trainax (https://github.com/Ceyron/trainax), whose taxonomy is
+    that of Koehler et al., "APEBench" (https://arxiv.org/abs/2411.00180).
 
     **Arguments:**
 
-    - `stepper`: `u_prev -> u_next`, the emulator. A state is any PyTree of arrays;
-        `u_next` has the structure and the shapes of `u_prev`.
+    - `stepper`: `u_prev -> u_next`, the emulator. A state is any PyTree of arrays; `u_next`
+        has the structure and the shapes of `u_prev`. A leaf that is returned as it was
+        received (a mask, a coefficient) is stored once, not once for each step.
     - `data`: PyTree of arrays `[batch, num_snapshots, ...]`. Only snapshot 0, the initial
         condition, is read. It is promoted if `stepper` returns a wider dtype.
     - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
         Note the order: next first.
-    - `num_rollout_steps`: static number of autoregressive steps, at least 1.
-    - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps the gradient
-        takes the memory of `k` steps, however long the rollout; so do forward over reverse
-        derivatives, but not reverse over reverse ones. Inside a `jax.shard_map` with
-        `check_vma=True` the parameters need a `jax.lax.pcast` to varying for it.
-    - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` is all ones. A
-        weight of 0 does not keep an infinite loss out, since 0 · ∞ is not a number.
+    - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
+    - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
+        takes the memory of `k` steps, however long the rollout; so do derivatives forward over
+        reverse, but not reverse over reverse. In `jax.shard_map(check_vma=True)`, parameters
+        need a `jax.lax.pcast` to varying for it.
+    - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
+        A weight of 0 does not remove an infinite loss, since 0 · ∞ is NaN.
+    - `inputs`: PyTree of arrays `[batch, num_rollout_steps, ...]` of any dtype: what a sample
+        is given at a time level besides the states, such as a forcing, boundary values or a
+        PRNG key. The functions are then called as `stepper(u_prev, inputs_t)` and
+        `residuum_fn(u_next, u_prev, inputs_t)`, with the slice `[b, t]` for the step from `uᵗ`
+        to `uᵗ⁺¹`. This takes the memory of one more copy.
     - `time_level_loss`: `residuum -> real scalar`.
-    - `checkpoint`: rematerialise each time step in the backward pass. `True` stores one state
-        per step instead of its activations, for about one more forward pass of run time. An
-        int `k` stores every `k`-th state only, and those of the one block of `k` steps whose
-        turn it is: `T / k + k` states in all, least for `k` near the square root of `T`, for
-        about two more forward passes. `1` is `True`.
-    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at
-        all, as a single step never is one. Compile time grows with it and with nothing else.
-        It is for a CPU, where XLA runs a convolution in a loop slower than outside
-        (https://github.com/jax-ml/jax/issues/12868), if `examples/convolutions_on_cpu.py` is
-        not applied.
+    - `axis_name`: a name for the batch axis inside the functions, as in `jax.vmap`:
+        `jax.lax.pmean(x, axis_name)` is a mean over the batch, which batch norms need.
+    - `checkpoint`: rematerialise each time step in the backward pass. `True` stores a state per
+        step instead of its activations, for about one more forward pass. An int `k` stores
+        every `k`-th state, plus the `k` states of the block that is being differentiated:
+        `T / k + k` in all, fewest for `k` near `√T`, for about two more forward passes.
+    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at all,
+        as for a single step. Compile time grows with it. On a CPU, convolutions are slower in a
+        loop (jax-ml/jax#12868): unroll, or apply `examples/convolutions_on_cpu.py`.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
 
-    The loss, a scalar in float32 or wider (its dtype is that of `time_level_loss`; bf16
-    and fp16 are accumulated in float32, and so are the gradients of parameters in these
-    formats, which takes a copy in float32). With `has_aux`, the pair `(loss, Rollout)`.
+    The loss, a scalar in the dtype of `time_level_loss`, or the pair `(loss, Rollout)`. Half
+    precision is accumulated in float32; for gradients of parameters, in a copy.
 
     **Raises:**
 
     `TypeError` or `ValueError` at trace time, naming the argument. What your functions raise
-    passes through, with notes: which one it was, called with what, and how `data` was read.
+    passes through, with notes: which function it was, its arguments, and how `data` was read.
     """
-    _require(isinstance(has_aux, bool), TypeError, "has_aux must be a static bool", has_aux)
+    _check(type(_static(has_aux)) is bool, TypeError, "has_aux must be a static bool", has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    unroll = _check_int("unroll", unroll, {True: num_steps, False: 1})
-    checkpoint = _check_int("checkpoint", checkpoint, {True: 1, False: 0})
-    constant_cuts, masks, k = _check_cuts(cuts, num_steps)
-    weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
-    real = [jnp.floating, jnp.integer, jnp.bool]
-    level_weights = _check_levels("weights", weights, "a real array", real, num_steps)
-    u_0, structure, how_data_was_read = _check_data(data)
-    checked = partial(_checked, how_data_was_read)
-    stepper = checked("stepper", stepper, "u_prev")
-    residuum_fn = checked("residuum_fn", residuum_fn, "u_next", "u_prev")
-    time_level_loss = checked("time_level_loss", time_level_loss, "residuum")
+    steps_per_iteration = _check_int("unroll", unroll, {True: num_steps, False: 1})
+    stored_every = _check_int("checkpoint", checkpoint, {True: 1, False: 0})
+    static_cuts, masks, k = _check_cuts(cuts, num_steps)
+    given_weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
+    level_weights = _check_levels(
+        "weights must be a real array", given_weights, REAL, num_steps
+    )
+    snapshot, to_state, how_data_was_read = _check_data(data, num_steps)
+    level_inputs, to_arguments = _check_inputs(inputs, len(snapshot[0]), num_steps)
+    try:
+        hash(axis_name)
+    except TypeError:
+        _check(False, TypeError, "axis_name must be hashable", axis_name)
+    over_batch = partial(jax.vmap, axis_name=axis_name)
+    checked = partial(_checked, how_data_was_read, axis_name)
+    next_state = checked("stepper", stepper, _check_next, "u_prev")
+    residual = checked("residuum_fn", residuum_fn, _check_residual, "u_next", "u_prev")
+    residual_loss = checked("time_level_loss", time_level_loss, _check_loss, "residuum")
 
-    # A state is the list of its leaves: it is a tree for the user's functions alone.
-    tree: Any = partial(jax.tree.unflatten, structure)
+    # A state is the list of its leaves, and a PyTree only for the user's functions.
+    def advance(u_prev: State, inputs_t: list[Array]) -> Any:
+        return next_state(to_state(u_prev), *to_arguments(inputs_t))
 
-    def advance(u_prev: State) -> State:
-        return [jnp.asarray(leaf) for leaf in jax.tree.leaves(stepper(tree(u_prev)))]
+    def time_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
+        bptt, prev, next = static_cuts._replace(**masks_t)
+        u_next = advance(u_prev, inputs_t)
+        states = to_state(_cut(u_next, next)), to_state(_cut(u_prev, prev))
+        return _cut(u_next, bptt), residual_loss(residual(*states, *to_arguments(inputs_t)))
 
-    def time_step(u_prev: State, mask: dict[str, Any]) -> tuple[State, Any]:
-        bptt, prev, next = constant_cuts._replace(**mask)
-        u_next = advance(u_prev)
-        residuum = residuum_fn(tree(_cut(u_next, next)), tree(_cut(u_prev, prev)))
-        return _cut(u_next, bptt), time_level_loss(residuum)
+    def batch_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
+        u_next, losses = over_batch(time_step, (0, None, 0))(u_prev, masks_t, inputs_t)
+        return [*map(_cast, u_next, u_prev)], jnp.mean(_at_least_float32(losses))
 
-    def batch_step(u_prev: State, mask: dict[str, Any]) -> tuple[State, Array]:
-        u_next, losses = jax.vmap(time_step, in_axes=(0, None))(u_prev, mask)
-        return u_next, jnp.mean(_at_least_float32(losses))
-
-    u_1 = jax.eval_shape(jax.vmap(advance), u_0)
-    while [x.dtype for x in u_0] != [x.dtype for x in u_1]:
-        u_0 = _cast(u_0, u_1)
-        u_1 = jax.eval_shape(jax.vmap(advance), u_0)
-    step, closed_over, (_, loss) = _hoist(batch_step, u_0, {f: x[0] for f, x in masks.items()})
-    levels = {"weights": level_weights.astype(loss.dtype), **masks}
-    if k == 1 < num_steps:
-        checkpoint = 0  # the backward pass of a segment of one step follows at once
-    rollout = partial(_rollout, step, checkpoint, unroll)
-    if k < num_steps:
-        rollout = partial(_streamed_rollout, rollout, k, unroll // k)
-    loss, (losses, u) = rollout(closed_over, u_0, levels)
-    losses, u = jax.lax.stop_gradient((losses, u))
-    return (loss, Rollout(losses, tree(u))) if has_aux else loss
+    first_masks, first_inputs = jax.tree.map(itemgetter(0), (masks, level_inputs))
+    u_0 = _settle(lambda u: over_batch(advance)(u, first_inputs), snapshot)
+    step, closed_over, is_constant, loss_dtype = _hoist(
+        batch_step, u_0, first_masks, first_inputs
+    )
+    # The backward pass of a segment of one step follows at once.
+    remat_length = 0 if k == 1 < num_steps else stored_every
+    loop = Loop(step, is_constant, k, remat_length, steps_per_iteration)
+    levels = Levels(level_weights.astype(loss_dtype), masks, level_inputs)
+    rollout = _streamed_rollout if k < num_steps else _rollout
+    loss, (losses, u) = rollout(loop, closed_over, u_0, levels)
+    return (loss, jax.lax.stop_gradient(Rollout(losses, to_state(u)))) if has_aux else loss
 
 
 #
 # The rollout: a loop over time steps
 #
-# `step` is a pure function `(closed_over, u, mask) -> (u, loss)`: `closed_over` are the
-# arrays that the user's functions close over, `u` is a state, the list of its leaves
-# `[batch, ...]`. `levels` are weights, in the dtype of the loss, and masks, `[num_steps]`.
-#
 
-State = list[Array]
-Levels = dict[str, Array]
+State = list[Array]  # the leaves of a state, `[batch, ...]`
+Masks = dict[str, Array]  # the cuts that are arrays, by field
+
+
+class Levels(NamedTuple):
+    """What belongs to the time levels, `[num_steps, ...]`; of one level, without that axis."""
+
+    weights: Array  # in the dtype of the loss
+    masks: Masks
+    inputs: list[Array]  # `[num_steps, batch, ...]`
+
+
+# (closed_over, u_prev, masks_t, inputs_t) -> (u_next, loss)
+Step = Callable[[list[Array], State, Masks, list[Array]], tuple[State, Array]]
 LossAndAux = tuple[Array, tuple[Array, State]]
 
 
-def _rollout(
-    step: Any, checkpoint: int, unroll: int, closed_over: Any, u: State, levels: Levels
-) -> LossAndAux:
-    """Returns the weighted sum of the losses; and the losses, and the final state.
+class Loop(NamedTuple):
+    """All that is static about a rollout."""
 
-    With `checkpoint > 1` the loop is one over blocks of as many steps. Its backward pass finds
-    the state before each block, computes those within the block again, and from each of them
-    the activations: `num_steps / checkpoint + checkpoint` states are stored in all.
+    step: Step
+    is_constant: list[bool]  # for each leaf of a state: whether the step leaves it alone
+    segment_length: int  # number of steps after which the main chain is cut
+    checkpoint: int  # number of steps for which one state is stored; 0: no rematerialisation
+    unroll: int
+
+
+def _rollout(loop: Loop, closed_over: list[Array], u: State, levels: Levels) -> LossAndAux:
+    """The weighted sum of the losses; the losses `[num_steps]`, and the final state.
+
+    A leaf of the state that the step leaves alone is not carried, or each step would store it.
+    With `checkpoint > 1`, the loop is one over blocks of `checkpoint` steps. Its backward pass
+    finds the state before each block, recomputes those in the block, and from each of them the
+    activations. It stores `num_steps / checkpoint + checkpoint` states.
     """
-    num_steps = len(levels["weights"])
-    block_length = checkpoint if checkpoint > 1 else num_steps
-    chunks = _chunks(levels, block_length)
-    one_step, losses = partial(step, closed_over), []
+    constants, carry = _partition(u, loop.is_constant)
+
+    def step(carry: PyTree, level: Levels) -> tuple[PyTree, Array]:
+        u = _combine(carry, constants)
+        u_next, loss = loop.step(closed_over, u, level.masks, level.inputs)
+        return _partition(u_next, loop.is_constant)[1], loss
+
+    block_length = loop.checkpoint if loop.checkpoint > 1 else len(levels.weights)
+    chunks, ys = _chunks(levels, block_length), []
     for chunk in chunks:
-        num_blocks, length = chunk["weights"].shape
-        masks = {name: x for name, x in chunk.items() if name != "weights"}
-        block = partial(_scan, one_step, length=length, unroll=unroll, remat=checkpoint > 0)
+        num_blocks, length = chunk.weights.shape
+        block = partial(_scan, step, length=length, unroll=loop.unroll, remat=loop.checkpoint)
         # The backward pass of a last block by itself follows at once.
         remat = num_blocks > 1 or chunk is not chunks[-1]
-        u, ys = _scan(block, u, masks, num_blocks, unroll // block_length, remat)
-        losses.append(ys.reshape(-1))
-    all_losses = jnp.concatenate(losses)
-    return jnp.sum(levels["weights"] * all_losses), (all_losses, u)
+        carry, y = _scan(block, carry, chunk, num_blocks, loop.unroll // block_length, remat)
+        ys.append(y)
+    losses = _merge(ys)
+    return jnp.sum(levels.weights * losses), (losses, _combine(carry, constants))
 
 
-def _chunks(levels: Levels, length: int, first: int = 0) -> list[Levels]:
-    """The time levels in chunks of blocks, `[num_blocks, length]`.
-
-    The `first` levels are a chunk of their own, and what is left over is a shorter block.
-    """
-    num_steps = len(levels["weights"])
+def _chunks(levels: Levels, length: int, first: int = 0) -> list[Any]:
+    """Chunks of blocks `[num_blocks, length, ...]`: `first` levels, the others, the rest."""
+    num_steps = len(levels.weights)
     last = num_steps - (num_steps - first) % length
-    return [
-        {name: x[i:j].reshape(max((j - i) // length, 1), -1) for name, x in levels.items()}
-        for i, j in pairwise(sorted({0, first, last, num_steps}))
-    ]
+
+    def chunk(i: int, j: int) -> Any:
+        shape = max((j - i) // length, 1), min(j - i, length)
+        return jax.tree.map(lambda x: x[i:j].reshape(*shape, *x.shape[1:]), levels)
+
+    return [chunk(i, j) for i, j in pairwise(sorted({0, first, last, num_steps}))]
+
+
+def _merge(ys: list[PyTree]) -> PyTree:
+    """The inverse of `_chunks`, for what a loop returns for each level."""
+    return jax.tree.map(lambda *y: jnp.concatenate([jax.lax.collapse(x, 0, 2) for x in y]), *ys)
 
 
 def _scan(
-    step: Any, carry: Any, xs: Any, length: int, unroll: int, remat: bool = False
-) -> tuple[Any, Any]:
-    """`jax.lax.scan`, but straight code where one iteration does it all.
-
-    With `remat` the backward pass computes each step again, from the carry before it.
-    """
+    step: Any, carry: PyTree, xs: PyTree, length: int, unroll: int, remat: int = False
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan`, without a loop if one iteration does it all; `remat` recomputes steps."""
     unroll = max(unroll, 1)
     if remat:
-        # In a loop XLA cannot undo rematerialisation; straight code must be protected.
+        # In a loop XLA cannot undo rematerialisation; without one it must be kept from it.
         step = jax.checkpoint(step, prevent_cse=unroll >= length)
     if unroll < length:
         return jax.lax.scan(step, carry, xs, length, unroll=unroll)
@@ -302,343 +329,331 @@ def _scan(
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
-def _cut(u: State, where: Any) -> State:
+def _cut(u: State, where: bool | Array) -> State:
     """Stops the gradient where `where` is true; selects only if that is not static."""
     if isinstance(where, bool):
         return jax.lax.stop_gradient(u) if where else u
     return [jnp.where(where, jax.lax.stop_gradient(x), x) for x in u]
 
 
-def _cast(leaves: list[Array], like: list[Any]) -> list[Array]:
-    pairs = zip(leaves, like, strict=True)
-    return [x if x.dtype == y.dtype else x.astype(y.dtype) for x, y in pairs]
-
-
 def _at_least_float32(x: Array) -> Array:
-    is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
-    return x if is_wide else x.astype(jnp.float32)
+    return x if _is_inexact(x) and x.dtype.itemsize >= 4 else x.astype(jnp.float32)
 
 
-def _hoist(f: Any, *args: Any) -> tuple[Any, list[Array], Any]:
-    """Returns `g`, `closed_over` with `g(closed_over, *args) = f(*args)`, and its shape.
+def _is_inexact(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
-    So what the user's functions close over, first of all the parameters, becomes data: an
-    array of half precision in float32, in which its gradient is then accumulated over the
-    time levels. `jax.closure_convert` would miss integers and keys.
+
+def _partition(tree: PyTree, where: PyTree[bool]) -> tuple[PyTree, PyTree]:
+    """The leaves where `where` is true, and the others; each with `None` for the rest."""
+    kept = jax.tree.map(lambda x, w: x if w else None, tree, where)
+    rest = jax.tree.map(lambda x, w: None if w else x, tree, where)
+    return kept, rest
+
+
+def _combine(tree: PyTree, others: PyTree) -> PyTree:
+    """The inverse of `_partition`."""
+    pick = lambda x, other: other if x is None else x
+    return jax.tree.map(pick, tree, others, is_leaf=lambda x: x is None)
+
+
+def _settle(advance: Callable[[State], State], u: State) -> State:
+    """`u` in the types in which `advance` returns it: a loop needs a carry of one type."""
+    settled = [*map(_cast, u, jax.make_jaxpr(advance)(u).out_avals)]
+    return u if all(map(is_, settled, u)) else _settle(advance, settled)
+
+
+def _cast(x: Array, like: Any) -> Array:
+    """`x` in the dtype of `like`, and varying over its axes of a `jax.shard_map`."""
+    axes = tuple(_varying_axes(like) - _varying_axes(x))
+    if axes:  # before JAX 0.8, `pcast` was `pvary`
+        pcast = getattr(jax.lax, "pcast", lambda x, axes, to: vars(jax.lax)["pvary"](x, axes))
+        x = pcast(x, axes, to="varying")
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+
+def _varying_axes(tree: PyTree) -> frozenset[Hashable]:
+    """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
+    avals = [getattr(x, "aval", x) for x in jax.tree.leaves(tree)]
+    types = [getattr(aval, "manual_axis_type", aval) for aval in avals]  # from JAX 0.10 on
+    return frozenset().union(*[getattr(t, "varying", getattr(t, "vma", ())) for t in types])
+
+
+def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bool], Any]:
+    """`f` as a `step` that closes over nothing, and what `f` closes over: its first argument.
+
+    So the parameters become data, in float32 if they are of half precision: that is how their
+    gradient is accumulated over the time levels. `jax.closure_convert` would miss integers and
+    keys. Also returns which leaves of the state the step leaves alone, and the loss's dtype.
     """
-    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    if any(type(getattr(x, "aval", None)).__name__ == "AbstractRef" for x in jaxpr.consts):
+    closed: Any = jax.make_jaxpr(f)(u, *level)
+    if any(type(getattr(x, "aval", None)).__name__ == "AbstractRef" for x in closed.consts):
         raise TypeError("A jax.Ref cannot be closed over. Read it before: value = ref[...].")
-    constants = [jnp.asarray(x) for x in jaxpr.consts]
-    is_float: Any = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-    closed_over = [_at_least_float32(x) if is_float(x) else x for x in constants]
+    constants = map(jnp.asarray, closed.consts)
+    closed_over = [_at_least_float32(x) if _is_inexact(x) else x for x in constants]
+    types = [variable.aval for variable in closed.jaxpr.constvars]
+    # From JAX 0.12 on, a jaxpr holds its constants. They may be tracers, which must not stay.
+    jaxpr = closed.jaxpr.replace(consts=[]) if hasattr(closed.jaxpr, "consts") else closed.jaxpr
 
-    def run(closed_over: list[Array], *leaves: Array) -> Any:
-        return eval_jaxpr(jaxpr.jaxpr, _cast(closed_over, constants), *leaves)
+    def step(closed_over: list[Array], *u_and_level: PyTree) -> tuple[State, Array]:
+        leaves = jax.tree.leaves(u_and_level)
+        *u_next, loss = eval_jaxpr(jaxpr, [*map(_cast, closed_over, types)], *leaves)
+        return u_next, loss
 
-    # Traced once more, since the constants may be tracers, and `g` must not hold on to them.
-    program = jax.make_jaxpr(run)(closed_over, *jax.tree.leaves(args))
-
-    def g(*args: Any) -> Any:
-        leaves = eval_jaxpr(program.jaxpr, program.consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
-
-    return g, closed_over, shape
+    is_constant = [out is x for out, x in zip(jaxpr.outvars[:-1], jaxpr.invars, strict=False)]
+    return step, closed_over, is_constant, closed.out_avals[-1].dtype
 
 
 #
 # The streaming gradient of a truncated rollout
 #
 # Static cuts divide the rollout into segments of `k` steps, and no gradient crosses from one
-# into another. Differentiating a loop over all of them would nevertheless store every
-# activation on the way: it runs forward to the end before it runs backward.
+# into another. Differentiating a loop over all segments would nevertheless store all their
+# activations, because the loop runs forward to its end before it runs backward.
 #
-# But the loss is a scalar, the sum of the losses of the segments, and so its gradient is the
-# sum of their gradients, which can be accumulated while the rollout advances: take value and
-# gradient of one segment, add them up, cut the state, go on. This is the arithmetic of
-# ordinary backpropagation in another order, and nothing is kept but the running sum and one
-# segment's activations.
+# But the loss is the sum of the losses of the segments, and its gradient the sum of their
+# gradients. Both can be accumulated while the rollout advances: take value and gradient of one
+# segment, add them up, cut the state, go on. This is ordinary backpropagation in another order,
+# and stores only the sum and one segment's activations. The gradient for the initial state is
+# that of the first segment; for what belongs to a time level, the loop returns it.
 #
-# A `jax.custom_jvp` rule makes that sum the derivative of the rollout. It is linear in the
-# tangents, so JAX transposes it for reverse mode; it is made of operations that JAX can
-# differentiate, so derivatives of any order are exact; and where only the value is asked for
-# it does not run. Reverse mode over it, though, stores every step of the loop below; so does
-# a gradient with respect to what does not vary over a `jax.shard_map` with `check_vma=True`.
-#
-# `segment(closed_over, u, levels)` is the `_rollout` of one segment. `variables` is what the
-# gradient is taken with respect to, `(closed_over, u)` with `None` for each constant.
+# The rule is a `jax.custom_jvp`: the loss changes by <gradient, tangents>. This is linear in
+# the tangents, so JAX transposes it for reverse mode; it consists of operations that JAX can
+# differentiate, so derivatives of any order are exact; and where only the value is wanted, it
+# does not run. A `jax.custom_vjp` would be a third shorter, but has no forward mode. The price:
+# reverse mode over the rule stores every segment, and so does the gradient with respect to what
+# does not vary over a `jax.shard_map(check_vma=True)`.
 #
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _streamed_rollout(
-    segment: Any, k: int, unroll: int, closed_over: list[Array], u_0: State, levels: Levels
-) -> LossAndAux:
-    """`segment` over all time levels, with the main chain cut after every `k`-th step."""
-    constants = jax.tree.map(lambda _: None, (closed_over, u_0))
-    return _value_and_grad(segment, k, unroll, constants, closed_over, u_0, levels)[0]
+def _streamed_rollout(loop: Loop, *arguments: Any) -> LossAndAux:
+    """`_rollout`, one segment after the other, with the main chain cut after each."""
+    return _value_and_grad(loop, jax.tree.map(lambda _: False, arguments), *arguments)[0]
 
 
-def _streamed_rollout_jvp(
-    segment: Any, k: int, unroll: int, primals: Any, tangents: Any
-) -> tuple[LossAndAux, Any]:
-    """The loss changes by `<gradient, tangents>`; what else is returned has no gradient."""
-    variables, dots = _perturbed(primals, tangents)
-    axes = _varying_axes(primals)
-    if any(_varying_axes(x) != axes for x in jax.tree.leaves(variables)):
-        # The gradient with respect to what does not vary over an axis of a `shard_map`
-        # is a sum over that axis; a tangent of the local loss cannot be made from it.
-        return _jvp(partial(_streamed_rollout.fun, segment, k, unroll), primals, tangents)
-    (loss, aux), grads = _value_and_grad(segment, k, unroll, variables[:2], *primals)
-    # The loss is linear in the weights; what it multiplies them by is the losses.
-    weights_grad = jax.tree.map(lambda _: aux[0], variables[2]["weights"])
-    dots = (*dots[:2], dots[2]["weights"])
-    pairs = zip(jax.tree.leaves((*grads, weights_grad)), jax.tree.leaves(dots), strict=True)
-    # A gradient of a complex input is the conjugate of the mathematician's, so this is not
-    # `vdot`; and `dot` would lose precision on an accelerator.
-    products = [jnp.sum(grad * dot.astype(grad.dtype)).real for grad, dot in pairs]
-    loss_dot = reduce(jnp.add, [product.astype(loss.dtype) for product in products])
-    # Zeros, or for integers what JAX has in their place.
-    _, aux_dot = jax.jvp(lambda _: aux, (0.0,), (0.0,))
-    return (loss, aux), (loss_dot, aux_dot)
-
-
-_streamed_rollout.defjvp(_streamed_rollout_jvp, symbolic_zeros=True)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _value_and_grad(
-    segment: Any, k: int, unroll: int, variables: Any, closed_over: Any, u: Any, levels: Levels
-) -> tuple[LossAndAux, Any]:
-    """`_streamed_rollout`, and its gradient with respect to `variables`.
+    loop: Loop, wrt: PyTree[bool], closed_over: list[Array], u: State, levels: Levels
+) -> tuple[LossAndAux, PyTree]:
+    """The streamed rollout, and its gradient with respect to the arrays that `wrt` marks.
 
-    The initial condition gets its gradient from the first segment, which shares the loop of
-    the others if that is not wanted. The last segment may be shorter.
+    If the gradient of the initial state is wanted, the first segment is outside of the loop.
     """
-    closed_variables, u_grads = variables
-    first = k if jax.tree.leaves(u_grads) else 0
-    vary = partial(_vary, _varying_axes((closed_over, u)))
-    sums = jax.tree.map(jnp.zeros_like, (levels["weights"][0], closed_variables))
-    carry = jax.tree.map(vary, (u, sums))
-    losses = []
-    for i, chunk in enumerate(_chunks(levels, k, first)):
-        is_first = i == 0 < first
-        with_respect_to = variables if is_first else (closed_variables, [None] * len(u))
-        advance = partial(_advance, segment, with_respect_to, closed_over)
-        carry, ys = _scan(advance, carry, chunk, len(chunk["weights"]), unroll)
-        losses.append(ys[0].reshape(-1))
-        if is_first:
-            u_grads = jax.tree.map(itemgetter(0), ys[1])
+    wrt_closed_over, wrt_u, wrt_levels = wrt
+    levels = _depending_on((closed_over, u), levels)
+    variables, _ = _partition(closed_over, wrt_closed_over)
+    carry = u, jax.tree.map(jnp.zeros_like, (levels.weights[0], variables))
+    k, ys = loop.segment_length, []
+    for chunk in _chunks(levels, k, first=k if any(wrt_u) else 0):
+        advance = partial(_advance, loop, (wrt_closed_over, wrt_u, wrt_levels), closed_over)
+        carry, y = _scan(advance, carry, chunk, len(chunk.weights), loop.unroll // k)
+        ys.append(y)
+        wrt_u = [False] * len(u)
     u, (loss, grads) = carry
-    return (loss, (jnp.concatenate(losses), u)), (grads, u_grads)
+    u_grads = jax.tree.map(itemgetter(0), ys[0][1])
+    losses, level_grads = _merge([(losses, level_grads) for losses, _, level_grads in ys])
+    return (loss, (losses, u)), (grads, u_grads, level_grads)
 
 
-def _value_and_grad_jvp(
-    segment: Any, k: int, unroll: int, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
-    """What JAX would do by itself; the rule is there to keep it from doing more.
+def _advance(
+    loop: Loop, wrt: PyTree[bool], closed_over: list[Array], carry: PyTree, levels: Levels
+) -> tuple[PyTree, PyTree]:
+    """Moves on by one segment: the state, the sum of the losses, and that of the gradients."""
+    u, sums = carry
+    variables, constants = _partition((closed_over, u, levels), wrt)
+    f = jax.value_and_grad(lambda x: _rollout(loop, *_combine(x, constants)), has_aux=True)
+    (loss, (losses, u_next)), (grads, u_grads, level_grads) = f(variables)
+    sums = jax.tree.map(jnp.add, sums, (loss, grads))
+    # Cut the state here, too: derivatives of higher order differentiate this code.
+    return (_cut(u_next, True), sums), (losses, u_grads, level_grads)
 
-    Linearising `_streamed_rollout`, it evaluates the rule partially, and would trace the loop a
-    second time, to find all of it known. A function with a rule of its own it leaves closed.
+
+def _value_and_grad_jvp(loop: Loop, wrt: PyTree[bool], primals: Any, tangents: Any) -> Any:
+    """The derivative of the value is <gradient, tangents>; that of a gradient is JAX's own.
+
+    The gradient is again a `_value_and_grad`: linearising the rule, JAX would trace a bare loop
+    a second time, only to find that no tangent enters it.
     """
-    return _jvp(partial(_value_and_grad.fun, segment, k, unroll), primals, tangents)
+    perturbed = jax.tree.map(lambda dot: not isinstance(dot, SymbolicZero), tangents)
+    variables, constants = _partition(primals, perturbed)
+    dots, _ = _partition(tangents, perturbed)
+    # A tangent may be a Python number.
+    dots = jax.tree.map(lambda x, dot: jnp.asarray(dot, x.dtype), variables, dots)
+    all_axes = _varying_axes(primals)
+    is_unvarying = [_varying_axes(x) != all_axes for x in jax.tree.leaves(variables)]
+    if any(jax.tree.leaves(wrt)) or any(is_unvarying):
+        # The gradient for what does not vary over an axis of a `shard_map` is a sum over that
+        # axis. A tangent of the local loss cannot be made from it.
+        f = partial(_value_and_grad.fun, loop, wrt)
+        return jax.jvp(lambda x: f(*_combine(x, constants)), (variables,), (dots,))
+    (loss, aux), grads = _value_and_grad(loop, perturbed, *primals)
+    # A gradient of a complex variable is the conjugate of the mathematician's, so this is not
+    # `vdot`; and `dot` would lose precision on an accelerator.
+    products = jax.tree.map(lambda grad, dot: jnp.sum(grad * dot).real, grads, dots)
+    loss_dot = sum([x.astype(loss.dtype) for x in jax.tree.leaves(products)])
+    no_grads = jax.tree.map(lambda _: None, grads)
+    return ((loss, aux), no_grads), ((loss_dot, jax.tree.map(zero_from_primal, aux)), no_grads)
 
 
 _value_and_grad.defjvp(_value_and_grad_jvp, symbolic_zeros=True)
 
 
-def _advance(
-    segment: Any, variables: Any, closed_over: Any, carry: Any, levels: Levels
-) -> tuple[Any, Any]:
-    """Moves on by one segment: the state, the sum of the losses, that of the gradients."""
-    u, sums = carry
-    # Where this loop stands in a loop of the user's, JAX moves out of that one what does not
-    # depend on the state, and would store it for each time level: a cotangent, which begins
-    # with the weights and is as large as the residuum. So make the weights depend on the
-    # state, by an empty sum of it that XLA removes (a barrier has no `vmap` in early JAX).
-    empty = [jnp.any(x != x)[None][:0] for x in u if jnp.issubdtype(x.dtype, jnp.inexact)]
-    add = lambda level: reduce(jnp.add, [x.sum().astype(level.dtype) for x in empty], level)
-    levels = jax.tree.map(add, levels)
-    f = lambda variables: segment(*_combine(variables, (closed_over, u)), levels)
-    (loss, (losses, u_next)), (grads, u_grads) = jax.value_and_grad(f, has_aux=True)(variables)
-    # Cut the state here, too: derivatives of higher order differentiate this code.
-    return (_cut(u_next, True), jax.tree.map(jnp.add, sums, (loss, grads))), (losses, u_grads)
+def _depending_on(tree: PyTree, levels: Levels) -> Any:
+    """`levels`, less an empty sum of `tree`, which XLA removes.
 
-
-def _jvp(f: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """`jax.jvp` where tangents may be symbolic zeros."""
-    variables, dots = _perturbed(primals, tangents)
-    return jax.jvp(lambda x: f(*_combine(x, primals)), (variables,), (dots,))
-
-
-def _perturbed(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """The primals that are perturbed, and their tangents; `None` for all others."""
-    dots = jax.tree.map(lambda x: None if isinstance(x, SymbolicZero) else x, tangents)
-    return jax.tree.map(lambda x, dot: None if dot is None else x, primals, dots), dots
-
-
-def _combine(variables: Any, constants: Any) -> Any:
-    """`variables`, with the arrays of `constants` where they are `None`."""
-    pick = lambda x, constant: constant if x is None else x
-    return jax.tree.map(pick, variables, constants, is_leaf=lambda x: x is None)
-
-
-def _varying_axes(tree: Any) -> frozenset[Any]:
-    """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
-    avals: list[Any] = [getattr(x, "aval", None) for x in jax.tree.leaves(tree)]
-    types = [getattr(aval, "manual_axis_type", aval) for aval in avals]  # from JAX 0.10 on
-    return frozenset().union(*[getattr(t, "varying", getattr(t, "vma", ())) for t in types])
-
-
-def _vary(axes: frozenset[Any], x: Array) -> Any:
-    """Makes `x` vary over `axes`. A loop may not change what its carry varies over."""
-    missing = tuple(axes - _varying_axes(x))
-    if not missing:
-        return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, missing, to="varying")
-    return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009  # before JAX 0.8
+    If the rollout is part of a loop, JAX moves out of that loop what does not depend on its
+    variables, and stores it for each time level: the part of a cotangent that depends on the
+    weights alone, for example. (A barrier would do as well, but has no `vmap` in JAX 0.4.)
+    """
+    floats = [x for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    nothing = sum([jnp.any(x != x)[None][:0].sum() for x in floats], jnp.zeros((), int))
+    subtract = lambda x: x - nothing.astype(x.dtype) if _is_inexact(x) else x
+    return jax.tree.map(subtract, levels)
 
 
 #
-# Validation
-#
-# All that can be said at trace time. A reader who trusts the inputs can stop here.
+# Validation: all that can be said at trace time. A reader who trusts the inputs can stop here.
 #
 
-
-def _require(condition: bool, error: Any, expected: str, got: Any) -> None:
-    if not condition:
-        message = f"{expected}, got {_describe(got)}."
-        if isinstance(got, Tracer) and "static" in expected:
-            message += " It is traced: close over it, or make it static in jax.jit."
-        raise error(message)
+REAL = (jnp.floating, jnp.integer, jnp.bool)
+KINDS = (*REAL, jnp.complexfloating, jax.dtypes.prng_key)
 
 
-def _check_int(name: str, value: Any, bools: dict[bool, int] | None = None) -> int:
-    """Returns `value`, or what it stands for if it is one of `bools`."""
+def _check(ok: bool, error: Any, expected: str, x: Any, why: str = "", got: str = "") -> None:
+    if not ok:
+        if isinstance(x, Tracer) and "static" in expected:
+            why = " It is traced: close over it, or make it static in jax.jit."
+        raise error(f"{expected}, got {got or _describe(x)}.{why}")
+
+
+def _check_int(name: str, x: Any, bools: dict[bool, int] | None = None) -> Any:
+    """Returns `x`, or what it stands for if it is one of `bools`."""
+    value = _static(x)
     if bools and isinstance(value, bool):
         return bools[value]
-    is_int = isinstance(value, Integral) and not isinstance(value, bool)
     kind = "a static bool or a static int" if bools else "a static int"
-    _require(is_int, TypeError, f"{name} must be {kind}", value)
-    in_range = 1 <= int(value) < 2**31
-    _require(in_range, ValueError, f"{name} must be at least 1 and below 2**31", value)
-    return int(value)
+    _check(type(value) is int, TypeError, f"{name} must be {kind}", x)
+    _check(1 <= value < 2**31, ValueError, f"{name} must be at least 1 and below 2**31", x)
+    return value
 
 
-def _check_cuts(cuts: Any, num_steps: int) -> tuple[Any, Levels, int]:
-    """Returns the cuts of all levels alike, the masks, and the steps of a static segment."""
-    _require(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
-    constants, segment_length, masks = cuts._replace(bptt=False), num_steps, dict[str, Array]()
-    for field, cut in cuts._asdict().items():
-        name, is_chain = f"cuts.{field}", field == "bptt"
-        if is_chain and cut is True:
-            segment_length = 1
-        elif is_chain and isinstance(cut, Integral) and not isinstance(cut, bool):
-            segment_length = min(_check_int(name, cut), num_steps)
-        elif not isinstance(cut, bool):
-            kind = f"{'a static bool, a static int' if is_chain else 'a bool'} or a bool array"
-            mask = _check_levels(name, cut, kind, [jnp.bool], num_steps, or_scalar=not is_chain)
-            constants = constants._replace(**{field: mask})
-            if mask.shape:
-                masks[field] = mask
-    return constants, masks, segment_length
+def _check_cuts(cuts: Any, num_steps: int) -> tuple[Any, Masks, int]:
+    """Returns the static cuts, the masks, and the number of steps of a static segment."""
+    _check(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
+    static, masks, k = Cuts(*map(_static, cuts)), dict[str, Array](), num_steps
+    if isinstance(static.bptt, int):
+        k = min(_check_int("cuts.bptt", static.bptt, {True: 1, False: num_steps}), num_steps)
+        static = static._replace(bptt=False)
+    for field, cut in static._asdict().items():
+        if not isinstance(cut, bool):
+            kind = "a bool or" if field != "bptt" else "a static bool, a static int or"
+            expected = f"cuts.{field} must be {kind} a bool array"
+            masks[field] = _check_levels(expected, cut, (jnp.bool,), num_steps, field != "bptt")
+    return static, masks, k
 
 
-def _check_levels(
-    name: str, x: Any, kind: str, kinds: list[Any], num_steps: int, or_scalar: bool = False
-) -> Any:
-    array: Any = None
-    if isinstance(x, (Sequence, Number)) or _kind(x) is not None:
-        with suppress(TypeError, ValueError, OverflowError):
-            array = jnp.asarray(x)
-    shape = f"{'[] or ' * or_scalar}[num_rollout_steps] = [{num_steps}]"
-    expected = f"{name} must be {kind} of shape {shape}"
-    _require(_kind(array) in kinds, TypeError, expected, x)
-    fits = array.shape == (num_steps,) or (or_scalar and array.shape == ())
-    _require(fits, ValueError, expected, array)
-    return array
+def _check_levels(what: str, x: Any, kinds: Any, num_steps: int, scalar: bool = False) -> Array:
+    what += f" of shape {'[] or ' * scalar}[num_rollout_steps] = [{num_steps}]"
+    fits = lambda shape: shape == (num_steps,) or (scalar and shape == ())
+    return jnp.broadcast_to(_array(what, x, fits, kinds, (Sequence, Number)), num_steps)
 
 
-def _check_data(data: Any) -> tuple[State, Any, str]:
-    """Returns snapshot 0, the structure of a state, and how the data was read."""
-    leaves = _leaves("data", data)
-    _require(len(leaves) > 0, ValueError, "data must hold at least one array", data)
-    for name, x in leaves:
-        _require(_kind(x) is not None, TypeError, f"{name} must be an array", x)
-    hint = ""
-    if type(data) in (list, tuple) and len({x.shape for _, x in leaves}) == 1 < len(leaves):
-        hint = " (data is a list of fields; of samples make one array, by jnp.stack)"
-    shape = leaves[0][1].shape[:2]
-    for name, x in leaves:
-        is_batched = len(x.shape) >= 2 and 0 not in x.shape[:2]
-        expected = f"{name} must be of shape [batch, num_snapshots, ...], both at least 1"
-        _require(is_batched, ValueError, expected + hint, x)
-        expected = f"{name} must agree with the other leaves on [batch, num_snapshots]"
-        _require(x.shape[:2] == shape, ValueError, f"{expected} = {list(shape)}", x)
-    # Naming the dtype makes a weakly typed array strong, as the stepper's output is.
-    arrays = [jnp.asarray(x, dtype=x.dtype) for x in (jnp.asarray(x) for _, x in leaves)]
+def _check_data(data: Any, num_steps: int) -> tuple[State, Any, str]:
+    """Returns snapshot 0, what makes a state of its leaves, and how the data was read."""
+    shapes = {getattr(x, "shape", None) for x in data} if type(data) in (list, tuple) else ()
+    is_list = len(shapes) == 1 < len(data)
+    hint = " (data is a list of fields; of samples make one array, by jnp.stack)" * is_list
+    expected = f"must be an array of shape [batch, num_snapshots, ...], both at least 1{hint}"
+    arrays = _check_tree("data", data, expected, lambda s: len(s) >= 2 and 0 not in s[:2])
+    batches, snapshots = ({x.shape[axis] for x in arrays} for axis in (0, 1))
+    is_series = len(snapshots) > 1 or num_steps in snapshots
+    why = " Only snapshot 0 is read: what changes in time belongs in inputs." * is_series
+    expected = "data must be arrays that agree on [batch, num_snapshots]"
+    _check(len(batches) == len(snapshots) == 1, ValueError, expected, data, why)
     u_0 = [jax.lax.index_in_dim(x, 0, axis=1, keepdims=False) for x in arrays]
-    sample = _describe_leaves([(name.removeprefix("data"), x) for name, x in leaves], skip=2)
-    read = f"data: batch {shape[0]}, num_snapshots {shape[1]}, one sample {sample}{hint}."
-    return u_0, jax.tree.structure(data), read
+    (batch, length), sample = arrays[0].shape[:2], _describe(data, skip=2)
+    read = f"data: batch {batch}, num_snapshots {length}, one sample {sample}{hint}."
+    return u_0, partial(jax.tree.unflatten, jax.tree.structure(data)), read
 
 
-def _checked(how_data_was_read: str, name: str, function: Any, *names: str) -> Any:
+def _check_inputs(inputs: Any, batch: int, num_steps: int) -> tuple[list[Array], Any]:
+    """Returns the leaves, time first; and what makes arguments of those of one level."""
+    if inputs is None:
+        return [], lambda _: ()
+    must = f"must be an array [batch, num_rollout_steps, ...] = [{batch}, {num_steps}, ...]"
+    arrays = _check_tree("inputs", inputs, must, lambda s: s[:2] == (batch, num_steps))
+    to_arguments = partial(jax.tree.unflatten, jax.tree.structure((inputs,)))
+    return [jnp.swapaxes(x, 0, 1) for x in arrays], to_arguments
+
+
+def _check_tree(name: str, tree: Any, must: str, fits: Any, also: Any = ()) -> list[Array]:
+    arrays = [_array(f"{path} {must}", x, fits, KINDS, also) for path, x in _leaves(name, tree)]
+    error, has_entries = (TypeError if also else ValueError), any(x.size for x in arrays)
+    _check(has_entries, error, f"{name} must hold at least one array with entries", tree)
+    return arrays
+
+
+def _array(expected: str, x: Any, fits: Any, kinds: Any, also: Any) -> Any:
+    """Returns `x`, an array or one of the types `also`, as a JAX array of a strong type."""
+    array: Any = None
+    why = ""
+    if _kind(x) or isinstance(x, also):
+        try:
+            array = jnp.asarray(x)
+        except (TypeError, ValueError, OverflowError) as error:
+            why = f" JAX has no {x.dtype}." if _kind(x) else f" {error}."
+    _check(_kind(array) in kinds, TypeError, expected, x, why)
+    misfit = TypeError if also is Number else ValueError  # of a result; of an argument
+    _check(fits(array.shape), misfit, expected, x, got=_describe(x if _kind(x) else array))
+    return jnp.asarray(array, array.dtype)
+
+
+def _checked(read: str, axis_name: Any, name: str, f: Any, check: Any, *names: str) -> Any:
     """One of the user's functions, with its result checked and notes on what it raises."""
-    _require(callable(function), TypeError, f"{name} must be callable", function)
+    _check(callable(f), TypeError, f"{name} must be callable", f)
 
     def checked(*args: Any) -> Any:
+        call = ", ".join(map(_describe, args, (*names, "inputs_t")))
+        notes = [f"Raised when {name} was called on one sample: {name}({call})."]
         try:
-            # A copy, since a State of Equinox is not there any more after its first update.
-            result = function(*jax.tree.map(lambda x: x, args))
-            _check_result(name, result, *args)
+            # A copy, since a State of Equinox can be read only once.
+            result = f(*jax.tree.map(lambda x: x, args))
+            notes = []
+            return check(result, *args)
         except Exception as error:
-            leaves = [leaf for pair in zip(names, args, strict=True) for leaf in _leaves(*pair)]
-            called = f"{name}({_describe_leaves(leaves)})"
-            error.add_note(f"Raised when {name} was called on one sample: {called}.")
-            if "axis name" in str(error) or "TraceContextError" in type(error).__name__:
-                hint = "for a batch's statistics, and for NNX modules, see 'Batch statistics'"
-                error.add_note(f"It is called under jax.vmap: {hint} in the documentation.")
-            error.add_note(how_data_was_read)
+            if "axis name" in str(error) or "TraceContextError" in repr(error):
+                notes.append("On the batch axis, see 'Batch statistics' in the documentation.")
+            if axis_name is not None and _varying_axes(args) - {axis_name}:
+                notes.append("Collectives over axis_name need jax.shard_map(check_vma=False).")
+            for note in [*notes, read]:
+                error.add_note(note)
             raise
-        return result
 
     return checked
 
 
-def _check_result(name: str, result: Any, *args: Any) -> None:
-    leaves = _leaves("", result)
-    for path, x in leaves:
-        fits = isinstance(x, (bool, int, float, complex)) or _kind(x) is not None
-        where = f" at {path}" if path else ""
-        _require(fits, TypeError, f"{name} must return arrays{where}", x)
-    if name == "stepper":
-        _check_next(result, *args)
-    elif name == "residuum_fn":
-        _require(len(leaves) > 0, TypeError, f"{name} must return at least one array", result)
-    else:
-        is_scalar = [(path, jnp.shape(x)) for path, x in leaves] == [("", ())]
-        if not is_scalar or _kind(jnp.asarray(result)) not in (jnp.floating, jnp.integer):
-            got = _describe_leaves(leaves)
-            raise TypeError(f"{name} must return a real scalar, got {got}.")
-
-
-def _check_next(u_next: Any, u_prev: Any) -> None:
+def _check_next(u_next: Any, u_prev: Any, *_: Any) -> State:
+    what = "the next state only, and that" if type(u_next) is tuple else "a state"
+    expected = f"stepper must return {what} of the structure of its input, {_describe(u_prev)}"
     structures: list[Any] = [jax.tree.structure(u) for u in (u_prev, u_next)]
-    if structures[0] != structures[1]:
-        what = "the next state only, and that" if type(u_next) is tuple else "a state"
-        expected = f"stepper must return {what} of the structure of its input"
-        raise TypeError(f"{expected}, {structures[0]}, got {structures[1]}.")
-    u_next = map(jnp.asarray, jax.tree.leaves(u_next))
-    for (path, prev), next in zip(_leaves("", u_prev), u_next, strict=True):
+    _check(structures[0] == structures[1], TypeError, expected, u_next)
+    arrays = _check_tree("stepper(...)", u_next, "must be an array", lambda _: True, Number)
+    for (path, prev), next in zip(_leaves("u_prev", u_prev), arrays, strict=True):
         is_wider = next.dtype.itemsize > prev.dtype.itemsize and _kind(next) == _kind(prev)
-        if prev.shape != next.shape or not (prev.dtype == next.dtype or is_wider):
-            raise TypeError(
-                "stepper must return a state of the shapes and dtypes of its input: "
-                f"u_prev{path} is {_describe(prev)}, u_next{path} is {_describe(next)}."
-            )
+        fits = prev.shape == next.shape and (prev.dtype == next.dtype or is_wider)
+        expected = f"stepper must return a state like its input: {path} is {_describe(prev)}"
+        _check(fits, TypeError, expected, next)
+    return arrays
+
+
+def _check_residual(r: Any, *_: Any) -> Any:
+    _check_tree("residuum_fn(...)", r, "must be an array", lambda _: True, Number)
+    return r
+
+
+def _check_loss(loss: Any, *_: Any) -> Any:
+    expected = "time_level_loss must return a real scalar"
+    return _array(expected, loss, lambda shape: shape == (), REAL[:2], Number)
 
 
 def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
@@ -646,23 +661,20 @@ def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
     return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
 
 
+def _static(x: Any) -> Any:
+    """A scalar of NumPy as the Python scalar that it stands for."""
+    return x.item() if isinstance(x, jnp.generic) else x
+
+
 def _kind(x: Any) -> Any:
     """What kind of array `x` is, `None` if it is none."""
-    kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool, jax.dtypes.prng_key)
-    is_ref = type(getattr(x, "aval", None)).__name__ == "AbstractRef"
-    if is_ref or isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "shape"):
-        return None
-    with suppress(AttributeError, TypeError):  # the dtype of another library
-        return next((kind for kind in kinds if jnp.issubdtype(x.dtype, kind)), None)
-    return None
+    is_array = isinstance(x, (jax.Array, *get_args(ArrayLike))) and hasattr(x, "dtype")
+    return next((kind for kind in KINDS if is_array and jnp.issubdtype(x.dtype, kind)), None)
 
 
-def _describe(x: Any, skip: int = 0) -> str:
-    if _kind(x) is not None:
-        return f"{x.dtype}{list(x.shape[skip:])}"
-    return f"{reprlib.repr(x)} of type {type(x).__name__}"
-
-
-def _describe_leaves(leaves: list[tuple[str, Any]], skip: int = 0) -> str:
-    described = [f"{name} {_describe(x, skip)}".strip() for name, x in leaves]
-    return ", ".join(described[:8] + ["..."] * (len(described) > 8))
+def _describe(x: Any, name: str = "", skip: int = 0) -> str:
+    leaves = _leaves(name, x)
+    if not leaves or not all(_kind(leaf) for _, leaf in leaves):
+        return f"{reprlib.repr(x)} of type {type(x).__name__}"
+    shapes = [f"{path} {x.dtype}{list(x.shape[skip:])}".strip() for path, x in leaves]
+    return ", ".join(shapes[:8] + ["..."] * (len(shapes) > 8))

@@ -67,21 +67,25 @@ def textbook_loss(
     num_rollout_steps=1,
     cuts=Cuts(),
     weights=None,
+    inputs=None,
     time_level_loss=None,
+    axis_name=None,
 ):
     """What `residuum_loss` must equal in value and in every derivative."""
     if weights is None:
         weights = np.ones(num_rollout_steps)
     if time_level_loss is None:
         time_level_loss = textbook_mse
+    over_batch = functools.partial(jax.vmap, axis_name=axis_name)
     loss = 0.0
     u_prev = jax.tree.map(lambda leaf: leaf[:, 0], data)
     for t in range(num_rollout_steps):
-        u_next = jax.vmap(stepper)(u_prev)
+        inputs_t = () if inputs is None else (of_level(inputs, t),)
+        u_next = over_batch(stepper)(u_prev, *inputs_t)
         seen_next = jax.lax.stop_gradient(u_next) if at(cuts.next, t) else u_next
         seen_prev = jax.lax.stop_gradient(u_prev) if at(cuts.prev, t) else u_prev
-        residuum = jax.vmap(residuum_fn)(seen_next, seen_prev)
-        loss = loss + weights[t] * jnp.mean(jax.vmap(time_level_loss)(residuum))
+        residuum = over_batch(residuum_fn)(seen_next, seen_prev, *inputs_t)
+        loss = loss + weights[t] * jnp.mean(over_batch(time_level_loss)(residuum))
         if cuts.bptt is True:
             cut = True
         elif cuts.bptt is False:
@@ -92,6 +96,10 @@ def textbook_loss(
             cut = cuts.bptt[t]
         u_prev = jax.lax.stop_gradient(u_next) if cut else u_next
     return loss
+
+
+def of_level(inputs, t):
+    return jax.tree.map(lambda leaf: leaf[:, t], inputs)
 
 
 def at(cut, t):
@@ -581,12 +589,12 @@ BAD_CALLS = [
     (
         dict(data={"u": ones(2, 1, 3), "v": ones(3, 1, 3)}),
         ValueError,
-        r"data\['v'\].*\[2, 1\].*\[3, 1, 3\]",
+        r"data.*agree.*\['u'\] float32\[2, 1, 3\], \['v'\] float32\[3, 1, 3\]\.",
     ),
     (
         dict(data={"u": ones(2, 1, 3), "v": ones(2, 2, 3)}),
         ValueError,
-        r"data\['v'\].*\[2, 1\].*\[2, 2, 3\]",
+        r"data.*agree.*\[2, 1, 3\].*\[2, 2, 3\]\. Only snapshot 0 is read.*inputs",
     ),
     (dict(stepper=3), TypeError, "stepper.*callable.*3"),
     (dict(stepper=lambda u: u["u"]), TypeError, "stepper.*structure"),
@@ -613,6 +621,7 @@ BAD_CALLS = [
     ),
     (dict(residuum_fn=None), TypeError, "residuum_fn.*callable.*None"),
     (dict(residuum_fn=lambda n, p: None), TypeError, "residuum_fn.*array.*None"),
+    (dict(residuum_fn=lambda n, p: n["u"][:0]), TypeError, r"residuum_fn.*entries.*\[0\]"),
     (dict(time_level_loss=3), TypeError, "time_level_loss.*callable.*3"),
     (
         dict(time_level_loss=lambda r: r),
@@ -636,6 +645,18 @@ BAD_CALLS = [
     (dict(weights=ones(4) * 1j), TypeError, "weights.*real.*complex64"),
     (dict(weights="ones"), TypeError, "weights.*array.*'ones'"),
     (dict(weights=[[1.0], [1.0, 2.0]]), TypeError, "weights.*array"),
+    (dict(weights=[1, 10**400, 1, 1]), TypeError, r"weights.*\[4\].*1000.*too large"),
+    (dict(inputs={}), ValueError, "inputs.*at least one array"),
+    (dict(inputs={"f": 1.0}), TypeError, r"inputs\['f'\].*array.*\[2, 4, \.\.\.\].*1.0"),
+    (dict(inputs={"f": ones(2)}), ValueError, r"inputs\['f'\].*\[2, 4, \.\.\.\].*\[2\]"),
+    (
+        dict(inputs=[ones(2, 4), ones(3, 4)]),
+        ValueError,
+        r"inputs\[1\].*\[batch, num_rollout_steps, \.\.\.\] = \[2, 4, .*\[3, 4\]",
+    ),
+    (dict(inputs=ones(2, 5, 3)), ValueError, r"inputs.*\[2, 4, \.\.\.\].*\[2, 5, 3\]"),
+    (dict(axis_name=["batch"]), TypeError, r"axis_name.*hashable.*\['batch'\]"),
+    (dict(axis_name=jnp.ones(3)), TypeError, r"axis_name.*hashable.*\[3\]"),
     (dict(cuts=True), TypeError, "cuts must be a Cuts.*True"),
     (dict(cuts=None), TypeError, "cuts must be a Cuts.*None"),
     (dict(cuts=(True, False, False)), TypeError, r"cuts must be a Cuts.*\(True"),

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from residuum import Cuts, residuum_loss
-from test_residuum import assert_close
+from residuum import Cuts, mse, residuum_loss
+from test_residuum import assert_close, RUNTIME_TYPECHECKING
 
 
 def difference(u_next, u_prev):
@@ -79,6 +79,101 @@ def test_cuts_as_an_argument_of_jit(cuts):
     ):
         jax.jit(loss)(cuts)
     assert jax.jit(loss, static_argnums=0)(cuts) == 0.0
+
+
+@pytest.mark.parametrize("mask", [np.array([True, False]), [True, False]], ids=type)
+@pytest.mark.parametrize("field", Cuts._fields)
+def test_an_array_that_is_closed_over_is_not_traced(field, mask):
+    def loss(x):
+        options = dict(num_rollout_steps=4, cuts=Cuts(**{field: mask}))
+        return residuum_loss(lambda u: x * u, jnp.ones((4, 1, 3)), difference, **options)
+
+    with pytest.raises(
+        ValueError, match=rf"cuts.{field} must.*= \[4\], got bool\[2\]\."
+    ) as info:
+        jax.jit(loss)(2.0)
+    assert "traced" not in str(info.value)
+
+
+def test_leaves_that_disagree_are_all_shown_and_none_is_blamed():
+    forcing, field = np.ones((4, 8)), np.ones((4, 1, 8))
+    text = message(lambda u: u, {"f": forcing, "u": field, "w": field})
+    shapes = "['f'] float64[4, 8], ['u'] float64[4, 1, 8], ['w'] float64[4, 1, 8]"
+    assert f"data must be arrays that agree on [batch, num_snapshots], got {shapes}." in text
+    assert text.endswith("Only snapshot 0 is read: what changes in time belongs in inputs.")
+
+
+@pytest.mark.parametrize(
+    "num_snapshots, num_rollout_steps, is_series",
+    [((1, 5), 5, True), ((5, 5), 5, True), ((1, 2), 5, True), ((2, 2), 5, False)],
+)
+def test_a_series_in_data_is_referred_to_inputs(num_snapshots, num_rollout_steps, is_series):
+    one, other = num_snapshots
+    data = {"u": np.ones((4, one, 3)), "v": np.ones((3, other, 3))}  # batches disagree, too
+    text = message(lambda u: u, data, num_rollout_steps=num_rollout_steps)
+    assert ("Only snapshot 0 is read" in text) == is_series
+
+
+@pytest.mark.parametrize("empty", [np.ones((0, 3)), [], {"a": np.ones(0)}], ids=str)
+def test_a_mean_over_nothing_is_an_error(empty):
+    with pytest.raises(ValueError, match="residuum must have at least one entry"):
+        mse(empty)
+    data, options = np.ones((4, 1, 3)), dict(time_level_loss=lambda r: jnp.float32(0))
+    with pytest.raises(TypeError, match=r"residuum_fn\(\.\.\.\) must hold.*entries"):
+        residuum_loss(lambda u: u, data, lambda n, p: empty, **options)
+
+
+NOT_OF_JAX = [
+    np.ones((4, 1, 3), np.longdouble),
+    np.ones((4, 1, 3), np.clongdouble),
+    np.full((4, 1, 3), "x"),
+    np.full((4, 1, 3), None),
+    np.zeros((4, 1, 3), "datetime64[D]"),
+]
+
+
+@pytest.mark.parametrize("x", NOT_OF_JAX, ids=lambda x: str(x.dtype))
+def test_arrays_that_jax_does_not_have(x):
+    text = message(lambda u: u, {"u": np.ones((4, 1, 3)), "v": x})
+    assert text.startswith("TypeError: data['v'] must be an array of shape [batch, num_sn")
+    assert f"got {x.dtype}[4, 1, 3]. JAX has no {x.dtype}." in text or "of type ndarray" in text
+    text = message(lambda u, x: u, np.ones((4, 1, 3)), inputs=[x[:, 0, 0]])
+    assert text.startswith("TypeError: inputs[0] must be an array [batch, num_roll")
+    text = message(lambda u: u, np.ones((4, 1, 3)), weights=x[:1, 0, 0])
+    assert text.startswith("TypeError: weights must be a real array of shape [num_roll")
+
+
+def test_weights_beyond_all_floats():
+    text = message(lambda u: u, np.ones((4, 1, 3)), num_rollout_steps=2, weights=[1, 10**400])
+    assert "weights must be a real array" in text and "too large to convert" in text
+
+
+def test_what_the_message_says_is_not_said_again():
+    text = message(lambda u: u[1:], np.ones((4, 1, 3)))
+    assert "u_prev is float64[3], got float64[2]" in text
+    assert "Raised when" not in text
+
+
+BOOLS = [np.bool_(True), np.bool_(False)]
+STATIC = ("cuts.bptt", "cuts.prev", "cuts.next", "checkpoint", "unroll", "has_aux")
+
+
+@pytest.mark.skipif(RUNTIME_TYPECHECKING, reason="annotations that are checked say no")
+@pytest.mark.parametrize("name", STATIC)
+def test_scalars_of_numpy_are_scalars(name):
+    def program(value):
+        argument, _, field = name.partition(".")
+        options = {argument: Cuts(**{field: value}) if field else value}
+
+        def loss(x):
+            data = jnp.ones((4, 1, 3))
+            options_ = dict(num_rollout_steps=4, **options)
+            return residuum_loss(lambda u: jnp.sin(x * u), data, difference, **options_)
+
+        return str(jax.make_jaxpr(jax.grad(loss, has_aux=bool(options.get("has_aux"))))(2.0))
+
+    for value in BOOLS:
+        assert program(value) == program(bool(value))
 
 
 def test_a_list_of_samples():

@@ -55,6 +55,8 @@ ARGUMENTS = {
     "time_level_loss": [],
     "num_rollout_steps": ["weights", "cuts"],
     "weights": [],
+    "inputs": ["stepper"],
+    "axis_name": [],
     "cuts": [],
     "cuts.bptt": [],
     "cuts.prev": [],
