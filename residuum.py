@@ -392,6 +392,7 @@ def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bo
     constants = map(jnp.asarray, closed.consts)
     closed_over = [_at_least_float32(x) if _is_inexact(x) else x for x in constants]
     types = [variable.aval for variable in closed.jaxpr.constvars]
+    pairs = zip(closed.jaxpr.outvars[:-1], closed.jaxpr.invars, strict=False)
     # From JAX 0.12 on, a jaxpr holds its constants. They may be tracers, which must not stay.
     jaxpr = closed.jaxpr.replace(consts=[]) if hasattr(closed.jaxpr, "consts") else closed.jaxpr
 
@@ -400,8 +401,7 @@ def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bo
         *u_next, loss = eval_jaxpr(jaxpr, [*map(_cast, closed_over, types)], *leaves)
         return u_next, loss
 
-    is_constant = [out is x for out, x in zip(jaxpr.outvars[:-1], jaxpr.invars, strict=False)]
-    return step, closed_over, is_constant, closed.out_avals[-1].dtype
+    return step, closed_over, [out is x for out, x in pairs], closed.out_avals[-1].dtype
 
 
 #
@@ -566,7 +566,7 @@ def _check_data(data: Any, num_steps: int) -> tuple[State, Any, str]:
     expected = f"must be an array of shape [batch, num_snapshots, ...], both at least 1{hint}"
     arrays = _check_tree("data", data, expected, lambda s: len(s) >= 2 and 0 not in s[:2])
     batches, snapshots = ({x.shape[axis] for x in arrays} for axis in (0, 1))
-    is_series = len(snapshots) > 1 or num_steps in snapshots
+    is_series = len(snapshots) > 1 or num_steps in snapshots - {1}
     why = " Only snapshot 0 is read: what changes in time belongs in inputs." * is_series
     expected = "data must be arrays that agree on [batch, num_snapshots]"
     _check(len(batches) == len(snapshots) == 1, ValueError, expected, data, why)

@@ -155,6 +155,41 @@ def test_shard_map(rollouts, where, check_vma):
     assert_as_on_one_device(actual, rollouts, expected)
 
 
+@needs_shard_map
+@pytest.mark.parametrize("check_vma", also_slow(True, slowly=[False]))
+@pytest.mark.parametrize("resets", [False, pytest.param(True, marks=slow)])
+def test_shard_map_over_parameters_that_differ(resets, check_vma):
+    """Another scale on each device, the same data on all: the state becomes varying on the way,
+    whatever its dtype; or it does not, if the stepper resets it."""
+    data = {"u": jnp.ones((2, 1, 3)), "n": jnp.zeros((2, 1), int), "b": jnp.zeros((2, 1), bool)}
+    scales = jnp.linspace(0.5, 1.5, len(MESH_DEVICES))
+
+    def value_and_grad(loss_fn, options, scale):
+        def loss(scale):
+            def stepper(state):
+                u = jnp.tanh(scale * state["u"] + state["b"])
+                n = state["n"] + (u[0] > 0.7)
+                return {"u": jnp.ones(3) if resets else u, "n": n, "b": u[0] > 0.5}
+
+            residuum_fn = lambda n, p: n["u"] * n["n"] - scale * p["u"]
+            return loss_fn(stepper, data, residuum_fn, **options)
+
+        return jax.value_and_grad(loss)(scale[0])
+
+    def mapped(loss_fn, options, scales):
+        f = functools.partial(value_and_grad, loss_fn, options)
+        f = lambda scale, f=f: jax.tree.map(lambda x: x[None], f(scale))
+        specs = dict(in_specs=P("batch"), out_specs=P("batch"), check_vma=check_vma)
+        return jax.shard_map(f, mesh=make_mesh(), **specs)(scales)
+
+    for options in FEW:
+        textbook = {key: options[key] for key in ("num_rollout_steps", "cuts")}
+        f = functools.partial(value_and_grad, textbook_loss, textbook)
+        expected = jax.jit(lambda x, f=f: jax.lax.map(f, x[:, None]))(scales)
+        actual = jax.jit(functools.partial(mapped, residuum_loss, options))(scales)
+        assert_close(*jax.device_get((actual, expected)), what=options)
+
+
 @several_rollouts
 def test_pmap(rollouts):
     loss, params, data, expected = mesh_problem()
