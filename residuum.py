@@ -92,7 +92,7 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
 class Options(TypedDict, total=False):  # for type checkers
     num_rollout_steps: int
     cuts: Cuts
-    weights: Real[ArrayLike, " num_rollout_steps"] | Sequence[float | Array] | None
+    weights: Real[ArrayLike, " num_rollout_steps"] | Sequence[ArrayLike] | None
     inputs: PyTree[Shaped[ArrayLike, "batch num_rollout_steps ..."]] | None
     time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]]
     axis_name: Hashable
@@ -125,7 +125,7 @@ def residuum_loss(
     *,
     num_rollout_steps: int = 1,
     cuts: Cuts = Cuts(),
-    weights: Real[ArrayLike, " num_rollout_steps"] | Sequence[float | Array] | None = None,
+    weights: Real[ArrayLike, "{num_rollout_steps}"] | Sequence[ArrayLike] | None = None,
     inputs: PyTree[Shaped[ArrayLike, "batch {num_rollout_steps} ..."]] | None = None,
     time_level_loss: Callable[[PyTree], Real[ArrayLike, ""]] = mse,
     axis_name: Hashable = None,
@@ -622,7 +622,7 @@ def _checked(read: str, axis_name: Any, name: str, f: Any, check: Any, *names: s
             return check(result, *args)
         except Exception as error:
             if "axis name" in str(error) or "TraceContextError" in repr(error):
-                notes.append("On the batch axis, see 'Batch statistics' in the documentation.")
+                notes.append("For axis_name or NNX, see 'Batch statistics' in the docs.")
             if axis_name is not None and _varying_axes(args) - {axis_name}:
                 notes.append("Collectives over axis_name need jax.shard_map(check_vma=False).")
             for note in [*notes, read]:
