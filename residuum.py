@@ -80,13 +80,11 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
 
     - `residuum`: PyTree of real or complex arrays of any shape, with at least one entry.
     """
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(residuum)]
-    num_entries = sum(r.size for r in leaves)
-    _check(num_entries > 0, ValueError, "residuum must have at least one entry", residuum)
+    leaves = _check_tree("residuum", residuum, "must be an array", lambda _: True, Number)
     # Unlike abs(r)**2, this is differentiable where r is 0.
     sums = [jnp.sum((r * r.conj()).real) for r in map(_at_least_float32, leaves)]
     widest = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
-    return reduce(jnp.add, [s.astype(widest) for s in sums]) / num_entries
+    return reduce(jnp.add, [s.astype(widest) for s in sums]) / sum(r.size for r in leaves)
 
 
 class Options(TypedDict, total=False):  # for type checkers
@@ -189,7 +187,7 @@ def residuum_loss(
     """
     _check(type(_static(has_aux)) is bool, TypeError, "has_aux must be a static bool", has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    steps_per_iteration = _check_int("unroll", unroll, {True: num_steps, False: 1})
+    unrolled_steps = _check_int("unroll", unroll, {True: num_steps, False: 1})
     stored_every = _check_int("checkpoint", checkpoint, {True: 1, False: 0})
     static_cuts, masks, k = _check_cuts(cuts, num_steps)
     given_weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
@@ -223,13 +221,13 @@ def residuum_loss(
         return [*map(_cast, u_next, u_prev)], jnp.mean(_at_least_float32(losses))
 
     first_masks, first_inputs = jax.tree.map(itemgetter(0), (masks, level_inputs))
-    u_0 = _settle(lambda u: over_batch(advance)(u, first_inputs), snapshot)
+    cut = partial(_cut, where=first_masks.get("bptt", False))  # which may vary over a mesh
+    u_0 = _settle(lambda u: cut(over_batch(advance)(u, first_inputs)), snapshot)
     step, closed_over, is_constant, loss_dtype = _hoist(
         batch_step, u_0, first_masks, first_inputs
     )
-    # The backward pass of a segment of one step follows at once.
-    remat_length = 0 if k == 1 < num_steps else stored_every
-    loop = Loop(step, is_constant, k, remat_length, steps_per_iteration)
+    # Nothing is stored for a segment of one step, whose backward pass follows at once.
+    loop = Loop(step, is_constant, k, 0 if k == 1 < num_steps else stored_every, unrolled_steps)
     levels = Levels(level_weights.astype(loss_dtype), masks, level_inputs)
     rollout = _streamed_rollout if k < num_steps else _rollout
     loss, (losses, u) = rollout(loop, closed_over, u_0, levels)
@@ -440,7 +438,7 @@ def _value_and_grad(
     If the gradient of the initial state is wanted, the first segment is outside of the loop.
     """
     wrt_closed_over, wrt_u, wrt_levels = wrt
-    levels = _depending_on((closed_over, u), levels)
+    levels = _depending_on((closed_over, u, levels), levels)
     variables, _ = _partition(closed_over, wrt_closed_over)
     carry = u, jax.tree.map(jnp.zeros_like, (levels.weights[0], variables))
     k, ys = loop.segment_length, []
@@ -479,9 +477,8 @@ def _value_and_grad_jvp(loop: Loop, wrt: PyTree[bool], primals: Any, tangents: A
     dots, _ = _partition(tangents, perturbed)
     # A tangent may be a Python number.
     dots = jax.tree.map(lambda x, dot: jnp.asarray(dot, x.dtype), variables, dots)
-    all_axes = _varying_axes(primals)
-    is_unvarying = [_varying_axes(x) != all_axes for x in jax.tree.leaves(variables)]
-    if any(jax.tree.leaves(wrt)) or any(is_unvarying):
+    other_axes = {*map(_varying_axes, jax.tree.leaves(variables))} - {_varying_axes(primals)}
+    if any(jax.tree.leaves(wrt)) or other_axes:
         # The gradient for what does not vary over an axis of a `shard_map` is a sum over that
         # axis. A tangent of the local loss cannot be made from it.
         f = partial(_value_and_grad.fun, loop, wrt)
@@ -489,8 +486,9 @@ def _value_and_grad_jvp(loop: Loop, wrt: PyTree[bool], primals: Any, tangents: A
     (loss, aux), grads = _value_and_grad(loop, perturbed, *primals)
     # A gradient of a complex variable is the conjugate of the mathematician's, so this is not
     # `vdot`; and `dot` would lose precision on an accelerator.
-    products = jax.tree.map(lambda grad, dot: jnp.sum(grad * dot).real, grads, dots)
-    loss_dot = sum([x.astype(loss.dtype) for x in jax.tree.leaves(products)])
+    product = lambda x, dot: jnp.sum(_at_least_float32(x) * _at_least_float32(dot)).real
+    products = jax.tree.leaves(jax.tree.map(product, grads, dots))
+    loss_dot = sum([x.astype(loss.dtype) for x in products])
     no_grads = jax.tree.map(lambda _: None, grads)
     return ((loss, aux), no_grads), ((loss_dot, jax.tree.map(zero_from_primal, aux)), no_grads)
 
@@ -505,10 +503,12 @@ def _depending_on(tree: PyTree, levels: Levels) -> Any:
     variables, and stores it for each time level: the part of a cotangent that depends on the
     weights alone, for example. (A barrier would do as well, but has no `vmap` in JAX 0.4.)
     """
-    floats = [x for x in jax.tree.leaves(tree) if _is_inexact(x)]
-    nothing = sum([jnp.any(x != x)[None][:0].sum() for x in floats], jnp.zeros((), int))
-    subtract = lambda x: x - nothing.astype(x.dtype) if _is_inexact(x) else x
-    return jax.tree.map(subtract, levels)
+    zero: Any = sum([jnp.any(x != x)[None][:0].sum() for x in jax.tree.leaves(tree)])
+    weights, axes = levels.weights - zero.astype(levels.weights.dtype), _varying_axes(zero)
+    tie = lambda x: (
+        x - zero.astype(x.dtype) if _is_inexact(x) and axes == _varying_axes(x) else x
+    )
+    return levels._replace(weights=weights, inputs=[*map(tie, levels.inputs)])
 
 
 #
@@ -523,7 +523,7 @@ def _check(ok: bool, error: Any, expected: str, x: Any, why: str = "", got: str 
     if not ok:
         if isinstance(x, Tracer) and "static" in expected:
             why = " It is traced: close over it, or make it static in jax.jit."
-        raise error(f"{expected}, got {got or _describe(x)}.{why}")
+        raise error(f"{expected}, got {got or _describe(_static(x))}.{why}")
 
 
 def _check_int(name: str, x: Any, bools: dict[bool, int] | None = None) -> Any:
@@ -532,8 +532,8 @@ def _check_int(name: str, x: Any, bools: dict[bool, int] | None = None) -> Any:
     if bools and isinstance(value, bool):
         return bools[value]
     kind = "a static bool or a static int" if bools else "a static int"
-    _check(type(value) is int, TypeError, f"{name} must be {kind}", x)
-    _check(1 <= value < 2**31, ValueError, f"{name} must be at least 1 and below 2**31", x)
+    _check(type(value) is int, TypeError, f"{name} must be {kind}", value)
+    _check(1 <= value < 2**31, ValueError, f"{name} must be at least 1 and below 2**31", value)
     return value
 
 
@@ -560,7 +560,7 @@ def _check_levels(what: str, x: Any, kinds: Any, num_steps: int, scalar: bool = 
 
 def _check_data(data: Any, num_steps: int) -> tuple[State, Any, str]:
     """Returns snapshot 0, what makes a state of its leaves, and how the data was read."""
-    shapes = {getattr(x, "shape", None) for x in data} if type(data) in (list, tuple) else ()
+    shapes = {str(getattr(x, "shape", x)) for x in data} if type(data) in (list, tuple) else ()
     is_list = len(shapes) == 1 < len(data)
     hint = " (data is a list of fields; of samples make one array, by jnp.stack)" * is_list
     expected = f"must be an array of shape [batch, num_snapshots, ...], both at least 1{hint}"
@@ -601,7 +601,7 @@ def _array(expected: str, x: Any, fits: Any, kinds: Any, also: Any) -> Any:
         try:
             array = jnp.asarray(x)
         except (TypeError, ValueError, OverflowError) as error:
-            why = f" JAX has no {x.dtype}." if _kind(x) else f" {error}."
+            why = f" JAX has no {x.dtype}." if _kind(x) else f" {str(error).rstrip('.')}."
     _check(_kind(array) in kinds, TypeError, expected, x, why)
     misfit = TypeError if also is Number else ValueError  # of a result; of an argument
     _check(fits(array.shape), misfit, expected, x, got=_describe(x if _kind(x) else array))

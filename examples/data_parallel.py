@@ -6,8 +6,8 @@ in it. The loss is called as on one device. What a process has to do is to join 
 (`jax.distributed.initialize`), and to load its own part of each batch
 (`jax.make_array_from_process_local_data`). The result is that of one process, up to rounding.
 
-If a process dies, all others end, too. With `--checkpoint DIR`, the same command then goes on
-from the last checkpoint, also with another number of processes.
+If a process dies, or the launcher that started them, all processes end. With `--checkpoint DIR`,
+the same command then resumes from the last checkpoint, with any number of processes.
 
     python examples/data_parallel.py --num-processes 2        two processes on this machine
     srun python examples/data_parallel.py --cluster           what SLURM has started, say
@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from functools import partial
@@ -49,11 +50,6 @@ from tqdm import tqdm
 from residuum import residuum_loss
 
 
-# Of a process that has not been heard of for so many seconds, all others think that it is
-# dead, and end. JAX's own 100 seconds are for machines that are farther apart.
-HEARTBEAT_TIMEOUT = 20
-
-
 #
 # Processes
 #
@@ -65,12 +61,13 @@ def launch(args):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process-id"]
+    command = [sys.executable, *sys.argv, "--launched", "--coordinator", coordinator]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of `finally`
     processes: list[subprocess.Popen] = []
     try:
         for i in range(args.num_processes):
-            processes.append(subprocess.Popen([*command, str(i)]))
+            process = [*command, "--process-id", str(i)]
+            processes.append(subprocess.Popen(process, stdin=subprocess.PIPE))
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
             time.sleep(0.1)
     finally:
@@ -90,18 +87,23 @@ def describe(code):
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+def end_with_launcher():
+    """Waits for the end of the pipe from the launcher, which closes however the launcher dies."""
+    os.read(0, 1)  # `sys.stdin` would hold a lock that the interpreter needs at its own end
+    os._exit(1)  # even if the main thread waits for another process
+
+
 def join(args):
+    if args.launched:
+        threading.Thread(target=end_with_launcher, daemon=True).start()
     if args.cpu_devices:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.cluster or args.num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        initialize = partial(
-            jax.distributed.initialize, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
-        )
-        if args.cluster:  # finds the others by what the cluster says
-            initialize()
-        else:
-            initialize(args.coordinator, args.num_processes, args.process_id)
+        others = (args.coordinator, args.num_processes, args.process_id)
+        if args.cluster:
+            others = ()  # found by what the cluster says
+        jax.distributed.initialize(*others, heartbeat_timeout_seconds=args.heartbeat_timeout)
 
 
 #
@@ -238,6 +240,10 @@ def main():
     parser.add_argument("--process-id", type=int, help="if not all are started from here")
     parser.add_argument("--coordinator", help="host:port of process 0, with --process-id")
     parser.add_argument("--cluster", action="store_true", help="started by a cluster")
+    parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
+    # JAX's own 100 seconds are for machines that are farther apart.
+    silence = "seconds of silence after which a process counts as dead"
+    parser.add_argument("--heartbeat-timeout", type=int, default=20, help=silence)
     parser.add_argument("--cpu-devices", type=int, help="virtual devices of each process")
     parser.add_argument("--output", type=pathlib.Path, help="CSV file of the loss history")
     parser.add_argument("--quick", action="store_true", help="20 updates")

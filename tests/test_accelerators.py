@@ -29,23 +29,20 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 COMPILERS = {"v5e:2x2": "libtpu", "H100:8": "jax-cuda12-plugin"}
 
 
-def is_installed(distribution):
+def is_installed(target):
     try:
-        return bool(importlib.metadata.version(distribution))
+        return bool(importlib.metadata.version(COMPILERS[target]))
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
-def needs(target):
-    distribution = COMPILERS[target]
-    reason = f"needs {distribution}"
-    return pytest.param(
-        target, marks=pytest.mark.skipif(not is_installed(distribution), reason=reason)
-    )
+def on(*targets):
+    """Tests of these targets, of which conftest.py deselects those without a compiler."""
+    marks = {target: pytest.mark.accelerator(is_installed(target)) for target in targets}
+    return pytest.mark.parametrize("target", [pytest.param(t, marks=marks[t]) for t in targets])
 
 
-on_all_targets = pytest.mark.parametrize("target", [needs(target) for target in COMPILERS])
-on_tpu = pytest.mark.parametrize("target", [needs("v5e:2x2")])
+on_all_targets, on_tpu = on(*COMPILERS), on("v5e:2x2")
 
 
 #

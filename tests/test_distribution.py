@@ -1,10 +1,14 @@
-"""The module as a file that may be copied: what it imports and touches, its public names,
-and that its annotations are true."""
+"""The module as a file that may be copied: what it imports and touches, its public names, and
+that its annotations are true. The distributions: what is in them, to the byte."""
 
 import ast
 import importlib
+import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jaxtyping
@@ -88,3 +92,50 @@ def test_public_names():
     assert sorted(residuum.__all__) == ["Cuts", "Rollout", "mse", "residuum_loss"]
     assert all(getattr(residuum, name).__doc__ for name in residuum.__all__)
     assert f"## {residuum.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Two builds, from copies of the project in two folders; each a wheel and an sdist."""
+    builds = []
+    for name in ("one", "another"):
+        folder = tmp_path_factory.mktemp(name)
+        ignored = shutil.ignore_patterns(".*", "site", "dist", "__pycache__")
+        shutil.copytree(ROOT, folder / "project", ignore=ignored)
+        shutil.copy(ROOT / ".gitignore", folder / "project")
+        command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder / "dist")]
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+        subprocess.run(command, cwd=folder / "project", env=environment, check=True)
+        builds.append(sorted((folder / "dist").iterdir()))
+    return builds
+
+
+def test_two_builds_give_the_same_bytes(distributions):
+    one, another = distributions
+    assert [path.name for path in one] == [path.name for path in another]
+    assert len(one) == 2
+    for path, other in zip(one, another, strict=True):
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_the_wheel_is_the_one_module_typed(distributions):
+    (wheel,) = [path for path in distributions[0] if path.suffix == ".whl"]
+    assert wheel.name.startswith(f"residuum_jax-{residuum.__version__}-")
+    contents = zipfile.ZipFile(wheel)
+    names = [name for name in contents.namelist() if ".dist-info/" not in name]
+    assert sorted(names) == ["residuum/__init__.py", "residuum/py.typed"]
+    assert contents.read("residuum/__init__.py") == (ROOT / "residuum.py").read_bytes()
+
+
+def test_links_of_the_readme_on_pypi_are_absolute(distributions):
+    (wheel,) = [path for path in distributions[0] if path.suffix == ".whl"]
+    contents = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in contents.namelist() if name.endswith("/METADATA")]
+    links = re.findall(r"\]\(([^)]*)\)", contents.read(metadata).decode())
+    assert any(link.endswith(".png") for link in links)
+    assert all(link.startswith(("https:", "#")) for link in links)
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {residuum.__version__}\n" in citation

@@ -116,7 +116,7 @@ def test_a_series_in_data_is_referred_to_inputs(num_snapshots, num_rollout_steps
 
 @pytest.mark.parametrize("empty", [np.ones((0, 3)), [], {"a": np.ones(0)}], ids=str)
 def test_a_mean_over_nothing_is_an_error(empty):
-    with pytest.raises(ValueError, match="residuum must have at least one entry"):
+    with pytest.raises(TypeError, match="residuum must hold at least one array with entries"):
         mse(empty)
     data, options = np.ones((4, 1, 3)), dict(time_level_loss=lambda r: jnp.float32(0))
     with pytest.raises(TypeError, match=r"residuum_fn\(\.\.\.\) must hold.*entries"):

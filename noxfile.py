@@ -1,0 +1,161 @@
+"""Every check of the project by its name.
+
+pip install nox uv
+nox --list                             all sessions, with a line about each
+nox -s lint                            one of them, in an environment of its own
+nox -s "tests-3.12(jax='newest')"      the tests, by Python and by JAX
+nox -s quick -- -k meshes              what follows -- goes to pytest
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nox
+
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["quick", "lint", "types", "docs", "dist"]
+
+NEWEST, OLDEST = "3.13", "3.11"
+VERSIONS = [(NEWEST, "newest"), ("3.12", "newest"), (OLDEST, "newest")]
+VERSIONS += [(OLDEST, "0.7"), (OLDEST, "lower bounds"), (NEWEST, "pre-release")]
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+
+
+def requirements(*extras):
+    """Those of the project and of some of its extras, without the project itself."""
+    found = {*PROJECT["dependencies"]}
+    for extra in extras:
+        for requirement in PROJECT["optional-dependencies"][extra]:
+            own = re.fullmatch(rf"{PROJECT['name']}\[(.*)\]", requirement)
+            found |= {*requirements(*own[1].split(","))} if own else {requirement}
+    return sorted(found)
+
+
+def pytest(session, *args, **env):
+    session.run("python", "-m", "pytest", "-n", "auto", *args, *session.posargs, env=env)
+
+
+@nox.session
+@nox.parametrize("python, jax", VERSIONS)
+def tests(session, jax):
+    """All tests, by Python and by JAX; with `-- -m "not slow"`, the quick ones."""
+    needed = requirements("test")
+    if jax == "lower bounds":  # Flax is for the documentation, and has no such old version.
+        needed = [r.replace(">=", "==") for r in needed if not r.startswith("flax")]
+    session.install(*needed)
+    if jax == "0.7":
+        session.install("jax==0.7.2")
+    if jax == "pre-release":
+        session.install("--upgrade", "--pre", "jax", "jaxlib")
+    pytest(session)
+
+
+@nox.session(python=NEWEST)
+def quick(session):
+    """The tests that are not slow, on the newest Python and JAX."""
+    session.install(*requirements("test"))
+    pytest(session, "-m", "not slow")
+
+
+@nox.session(python="3.12")
+def flags(session):
+    """Quick tests with XLA's optimisations; derivatives with JAX's new rematerialisation."""
+    session.install(*requirements("test"))
+    files = ["test_residuum.py", "tests/test_cost.py"]
+    optimized = ["tests/test_convolutions.py", "tests/test_precision.py"]
+    pytest(session, "-m", "not slow", *files, *optimized, RESIDUUM_TEST_OPTIMIZED="1")
+    # In nested loops the new rematerialisation has one barrier more than is needed.
+    barrier = "test_rematerialisation_is_protected_from_xla_only_where_there_is_no_loop"
+    deselect = ["--deselect", f"tests/test_cost.py::{barrier}[3-1-False]"]
+    pytest(session, "-m", "not slow", *files, "tests/test_rule.py", *deselect, JAX_REMAT3="1")
+
+
+@nox.session(python=OLDEST)
+def annotations(session):
+    """Quick tests with annotations checked at run time, at the lower bounds."""
+    needed = [r.replace(">=", "==") for r in requirements("test") if not r.startswith("flax")]
+    session.install(*needed)
+    # Where the annotations object first, the library's own messages are not seen.
+    ignored = [f"--ignore=tests/test_{name}.py" for name in ("messages", "documentation")]
+    hook = "--jaxtyping-packages=residuum,beartype.beartype"
+    pytest(session, "-m", "not slow", hook, *ignored)
+    session.run("python", "-m", "pytest", "-m", "not slow", "tests/test_messages.py")
+
+
+@nox.session(python=NEWEST)
+def lint(session):
+    """Errors and format of the code; workflows and CITATION.cff against their schemas."""
+    session.install("check-jsonschema", *[r for r in requirements("dev") if "ruff" in r])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    check = ("check-jsonschema", "--builtin-schema")
+    session.run(*check, "vendor.github-workflows", *map(str, Path(".github").rglob("*.yml")))
+    session.run(*check, "vendor.citation-file-format", "CITATION.cff")
+
+
+@nox.session(python=NEWEST)
+def types(session):
+    """mypy and pyright: the project, and residuum.py as a file that was copied."""
+    session.install(*[r for r in requirements("dev") if not r.startswith("trainax")])
+    session.run("mypy")
+    session.run("mypy", "--strict", "residuum.py")
+    session.run("pyright", "--pythonpath", f"{session.bin}/python")
+
+
+@nox.session(python=NEWEST)
+def docs(session):
+    """The site, strictly: every page, link and anchor."""
+    session.install(*requirements("docs"))
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env=env)
+
+
+@nox.session(python=NEWEST)
+def examples(session):
+    """README's example, and then all examples, in quick mode."""
+    session.install(*requirements("test"), ".")
+    output = f"{session.create_tmp()}/burgers.png"
+    session.run("python", "examples/burgers.py", "--quick", "--output", output)
+    pytest(session, "tests/test_examples.py")
+
+
+@nox.session(python=NEWEST)
+def benchmarks(session):
+    """The benchmark of a rollout's cost and its figure, in quick mode."""
+    session.install(*requirements("benchmarks"), ".")
+    folder = session.create_tmp()
+    quick = ["--quick", "--cuts", "bptt=5", "--output", f"{folder}/cost.csv"]
+    session.run("python", "benchmarks/rollout_cost.py", *quick)
+    figure = ["--cut", "bptt=5", "--steps", "10", "--output", f"{folder}/cost.png"]
+    session.run("python", "benchmarks/draw.py", "--input", f"{folder}/cost.csv", *figure)
+
+
+@nox.session(python=NEWEST)
+def dist(session):
+    """The wheel by itself: README's first example, and type checkers on a user's file."""
+    folder = Path(session.create_tmp())
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", f"{folder}/dist", silent=True)
+    wheel = max(folder.glob("dist/*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install(str(wheel))
+    example = re.search(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.M | re.S)
+    (folder / "example.py").write_text(example[1])
+    (folder / "typed_user.py").write_text(Path("tests/typed_user.py").read_text())
+    with session.chdir(folder):
+        session.run("python", "example.py")
+        session.install("equinox", "mypy", "pyright")
+        session.run("mypy", "--strict", "typed_user.py")
+        session.run("pyright", "--pythonpath", f"{session.bin}/python", "typed_user.py")
+
+
+@nox.session(python="3.12")
+def accelerators(session):
+    """Programs for TPUs and GPUs that are not there, by their compilers (needs 6 GB)."""
+    compilers = ("tpu",) if "v5e" in " ".join(session.posargs) else ("tpu", "gpu")
+    session.install(*requirements("test", *compilers))
+    session.run("python", "-m", "pytest", "tests/test_accelerators.py", *session.posargs)
