@@ -13,6 +13,7 @@ import pytest
 from common import network_problem, vary
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+import residuum
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, assert_close, evaluate, EXTRA, problem, slow, textbook_loss
 
@@ -188,6 +189,67 @@ def test_shard_map_over_parameters_that_differ(resets, check_vma):
         expected = jax.jit(lambda x, f=f: jax.lax.map(f, x[:, None]))(scales)
         actual = jax.jit(functools.partial(mapped, residuum_loss, options))(scales)
         assert_close(*jax.device_get((actual, expected)), what=options)
+
+
+SPREAD = {  # what varies over which axis of the mesh
+    "data": dict(data="batch"),
+    "inputs": dict(inputs="model"),
+    "both": dict(data="batch", inputs="model"),
+    "mask": dict(mask="model"),
+    "mask and data": dict(mask="model", data="batch"),
+}
+
+
+def loop_with_traced_masks(stepper, data, residuum_fn, *, num_rollout_steps, cuts, inputs):
+    """As the oracle, which takes no traced masks."""
+    loss, u = 0.0, data[:, 0]
+    for t in range(num_rollout_steps):
+        u_next = jax.vmap(stepper)(u, inputs[:, t])
+        seen = jnp.where(cuts.prev[t], jax.lax.stop_gradient(u), u)
+        residuum = jax.vmap(residuum_fn)(u_next, seen, inputs[:, t])
+        loss += jnp.mean(residuum**2)
+        is_static = isinstance(cuts.bptt, int)
+        cut = cuts.bptt and (t + 1) % cuts.bptt == 0 if is_static else cuts.bptt[t]
+        u = jnp.where(cut, jax.lax.stop_gradient(u_next), u_next)
+    return loss
+
+
+@needs_shard_map
+@pytest.mark.parametrize("spread", also_slow("data", "inputs", slowly=[*SPREAD][2:]))
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[False, 2, "mask"]))
+def test_shard_map_over_part_of_the_arguments(bptt, spread):
+    """The state and the levels need not vary over the same axes."""
+    mesh, rng = make_mesh(("batch", "model")), np.random.default_rng(0)
+    axes, num_steps = SPREAD[spread], 3
+    of = lambda name: P(axes[name]) if name in axes else P()
+    names = ("data", "inputs", "mask")
+    data, inputs = (jnp.asarray(rng.normal(size=(4, n, 3))) for n in (1, num_steps))
+    mask = jnp.asarray(rng.integers(2, size=(4, num_steps)).astype(bool))
+
+    def value_and_grad(loss_fn, *args):
+        data, inputs, mask = args
+        size = min(len(data), len(inputs))
+        cuts = Cuts(mask[0] if bptt == "mask" else bptt, prev=mask[0])
+
+        def loss(scale, data, inputs):
+            stepper = lambda u, x: jnp.tanh(scale * u + x)
+            residuum_fn = lambda n, p, x: n - jnp.sin(p) * x
+            options = dict(num_rollout_steps=num_steps, cuts=cuts, inputs=inputs[:size])
+            return loss_fn(stepper, data[:size], residuum_fn, **options)
+
+        return jax.value_and_grad(loss, (0, 1, 2))(1.5, data, inputs)
+
+    def on_mesh(loss_fn):
+        def f(*args):
+            results = value_and_grad(loss_fn, *args)
+            missing = lambda x: tuple({"batch", "model"} - residuum._varying_axes(x))
+            varying = lambda x: vary(x, missing(x)) if missing(x) else x
+            return jax.tree.map(lambda x: varying(x)[None, None], results)
+
+        specs = dict(in_specs=tuple(map(of, names)), out_specs=P("batch", "model"))
+        return jax.jit(jax.shard_map(f, mesh=mesh, **specs))(data, inputs, mask)
+
+    assert_close(*jax.device_get([on_mesh(f) for f in (residuum_loss, loop_with_traced_masks)]))
 
 
 @several_rollouts

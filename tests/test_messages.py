@@ -154,6 +154,13 @@ def test_what_the_message_says_is_not_said_again():
     assert "Raised when" not in text
 
 
+def test_objects_with_a_shape_are_no_arrays():
+    class Odd:
+        shape, dtype = [4, 1, 3], float
+
+    assert "data[0] must be an array" in message(lambda u: u, [Odd(), Odd()])
+
+
 BOOLS = [np.bool_(True), np.bool_(False)]
 STATIC = ("cuts.bptt", "cuts.prev", "cuts.next", "checkpoint", "unroll", "has_aux")
 

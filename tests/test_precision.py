@@ -113,6 +113,26 @@ def test_a_thousand_segments_lose_no_small_contributions(dtype, bptt):
     assert ordinary_error > 10 * error
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_derivatives_in_a_direction_of_half_precision_are_summed_in_float32(dtype):
+    """Of data and inputs, whose gradients are in their own format; as for the plain path."""
+    rng = np.random.default_rng(0)
+    data, inputs = (jnp.asarray(rng.normal(size=(32, n, 64)), dtype) for n in (1, 5))
+
+    def loss(data, inputs, bptt):
+        stepper = lambda u, x: jnp.tanh(u) + x
+        options = dict(num_rollout_steps=5, cuts=Cuts(bptt), inputs=inputs)
+        return residuum_loss(stepper, data, lambda n, p, x: n - p * x, **options)
+
+    def derivative(bptt):
+        f = lambda *args: loss(*args, bptt)
+        return jax.jvp(f, (data, inputs), (jnp.ones_like(data), jnp.ones_like(inputs)))[1]
+
+    gradients = jax.grad(lambda *args: loss(*args, 1), (0, 1))(data, inputs)
+    expected = sum(np.sum(np.asarray(g, np.float64)) for g in gradients)
+    np.testing.assert_allclose(jax.jit(derivative, static_argnums=0)(1), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))
 def test_wider_parameters_promote_the_initial_condition(bptt):
     factor, data = rotation_problem(jnp.float64)
