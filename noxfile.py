@@ -1,10 +1,12 @@
 """Every check of the project by its name.
 
-pip install nox uv
-nox --list                             all sessions, with a line about each
-nox -s lint                            one of them, in an environment of its own
-nox -s "tests-3.12(jax='newest')"      the tests, by Python and by JAX
-nox -s quick -- -k meshes              what follows -- goes to pytest
+    pip install nox uv
+    nox --list                      all sessions, with a line about each
+    nox -s lint                     one of them, in an environment of its own
+    nox -s "tests(3.12, newest)"    the tests, by Python and by JAX
+    nox -s quick -- -k meshes       what follows -- goes to pytest
+
+Environments are made by uv where it is installed. A missing interpreter is an error.
 """
 
 import re
@@ -41,7 +43,7 @@ def pytest(session, *args, **env):
 
 
 @nox.session
-@nox.parametrize("python, jax", VERSIONS)
+@nox.parametrize("python, jax", VERSIONS, ids=[", ".join(version) for version in VERSIONS])
 def tests(session, jax):
     """All tests, by Python and by JAX; with `-- -m "not slow"`, the quick ones."""
     needed = requirements("test")
@@ -139,8 +141,8 @@ def benchmarks(session):
 def dist(session):
     """The wheel by itself: README's first example, and type checkers on a user's file."""
     folder = Path(session.create_tmp())
-    session.install("build")
-    session.run("python", "-m", "build", "--outdir", f"{folder}/dist", silent=True)
+    session.install("hatchling")
+    session.run("python", "-m", "hatchling", "build", "-t", "wheel", "-d", f"{folder}/dist")
     wheel = max(folder.glob("dist/*.whl"), key=lambda path: path.stat().st_mtime)
     session.install(str(wheel))
     example = re.search(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.M | re.S)

@@ -4,7 +4,7 @@ An autoregressive network `stepper` advances a state in time. If the problem is 
 as `residuum_fn(u_next, u_prev) = 0`, by an implicit time step for example, the network can be
 trained from initial conditions alone: roll it out, and measure at every time level how far
 two consecutive states are from satisfying the equation. No reference trajectory is needed, and
-no solver runs in the loop. ("Residuum" is the word of trainax, the reference, for residual.)
+no solver runs in the loop. ("Residuum" is what trainax, the reference, calls the residual.)
 
 This one file needs jax and jaxtyping. Install it (`pip install residuum-jax`), or copy it.
 """
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 # Public API
 #
 
-# With `inputs`, the user's functions have one more argument.
+# With `inputs`, these have one more argument.
 Stepper = Callable[[PyTree], PyTree] | Callable[[PyTree, PyTree], PyTree]
 ResiduumFn = Callable[[PyTree, PyTree], PyTree] | Callable[[PyTree, PyTree, PyTree], PyTree]
 
@@ -40,16 +40,16 @@ ResiduumFn = Callable[[PyTree, PyTree], PyTree] | Callable[[PyTree, PyTree, PyTr
 class Cuts(NamedTuple):
     """Where gradients stop in a rollout. Values never change.
 
-    Python bools and ints are static: JAX drops the dead backward pass. Arrays are data: a
-    change does not recompile. A cut replaces the cotangent, it does not multiply it by zero, so
-    no NaN or infinity downstream of it can reach the gradient upstream.
+    Python bools and ints are static: JAX drops the dead backward pass. Arrays and lists are
+    data: a change does not recompile. A cut replaces the cotangent instead of multiplying it by
+    0, so no NaN or infinity downstream of it can reach the gradient of an upstream state.
 
     **Fields:**
 
     - `bptt`: cuts the main chain, i.e., truncates backpropagation through time (TBPTT). An
         int `k >= 1` cuts after every `k`-th step: the state made by step `t`, counted from 0,
-        is cut where `(t + 1) % k == 0`. `False` cuts nothing, `True` means 1. A bool array or
-        list `[num_rollout_steps]` cuts after step `t` where it is true.
+        is cut where `(t + 1) % k == 0`, with all its leaves. `False` cuts nothing, `True` means
+        1. A bool array or list `[num_rollout_steps]` cuts after step `t` where it is true.
     - `prev`, `next`: cut that argument of `residuum_fn`. A bool, or a bool array or list, `[]`
         or `[num_rollout_steps]`.
     """
@@ -60,7 +60,7 @@ class Cuts(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What a rollout leaves behind, see `has_aux`. No gradient flows through it.
+    """The auxiliary output of a rollout, see `has_aux`. No gradient flows through it.
 
     **Fields:**
 
@@ -145,51 +145,51 @@ def residuum_loss(
     **Arguments:**
 
     - `stepper`: `u_prev -> u_next`, the emulator. A state is any PyTree of arrays; `u_next`
-        has the structure and the shapes of `u_prev`. A leaf that is returned as it was
+        has the structure, shapes and dtypes of `u_prev`. A leaf that is returned as it was
         received (a mask, a coefficient) is stored once, not once for each step.
     - `data`: PyTree of arrays `[batch, num_snapshots, ...]`. Only snapshot 0, the initial
-        condition, is read. It is promoted if `stepper` returns a wider dtype.
+        condition, is read. It is promoted if `stepper` returns a wider dtype of its kind.
     - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
         Note the order: next first.
     - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
     - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
-        takes the memory of `k` steps, however long the rollout; so do derivatives forward over
-        reverse, but not reverse over reverse. In `jax.shard_map(check_vma=True)`, parameters
-        need a `jax.lax.pcast` to varying for it.
+        takes the memory of `k` steps, however long the rollout; so does forward over reverse,
+        not reverse over reverse. In `jax.shard_map(check_vma=True)`, make parameters varying.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
         A weight of 0 does not remove an infinite loss, since 0 · ∞ is NaN.
     - `inputs`: PyTree of arrays `[batch, num_rollout_steps, ...]` of any dtype: what a sample
-        is given at a time level besides the states, such as a forcing, boundary values or a
-        PRNG key. The functions are then called as `stepper(u_prev, inputs_t)` and
+        is given at each step besides the state, such as a forcing, boundary values or a PRNG
+        key. The functions are then called as `stepper(u_prev, inputs_t)` and
         `residuum_fn(u_next, u_prev, inputs_t)`, with the slice `[b, t]` for the step from `uᵗ`
-        to `uᵗ⁺¹`. This takes the memory of one more copy.
+        to `uᵗ⁺¹`. One more copy of them is stored.
     - `time_level_loss`: `residuum -> real scalar`.
     - `axis_name`: a name for the batch axis inside the functions, as in `jax.vmap`:
         `jax.lax.pmean(x, axis_name)` is a mean over the batch, which batch norms need.
-    - `checkpoint`: rematerialise each time step in the backward pass. `True` stores a state per
-        step instead of its activations, for about one more forward pass. An int `k` stores
-        every `k`-th state, plus the `k` states of the block that is being differentiated:
-        `T / k + k` in all, fewest for `k` near `√T`, for about two more forward passes.
-    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop at all,
-        as for a single step. Compile time grows with it. On a CPU, convolutions are slower in a
-        loop (jax-ml/jax#12868): unroll, or apply `examples/convolutions_on_cpu.py`.
+    - `checkpoint`: rematerialise each time step in the backward pass. `True` stores a state
+        per step instead of its activations, at the cost of about one more forward pass. An int
+        `k` stores every `k`-th state, plus the `k` states of the block being differentiated:
+        `T / k + k` in all, fewest for `k` near `√T`, at the cost of about two. With a static
+        `bptt`, this holds within a segment; for `bptt=1`, nothing is left to save.
+    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop. A step
+        alone has none. Compile time grows with it. On a CPU, convolutions are slower in a loop
+        (jax-ml/jax#12868): unroll, or apply `examples/convolutions_on_cpu.py`.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
 
-    The loss, a scalar in the dtype of `time_level_loss`, or the pair `(loss, Rollout)`. Half
-    precision is accumulated in float32; for gradients of parameters, in a copy.
+    The loss, a scalar in float32 or wider, or the pair `(loss, Rollout)`. Half precision is
+    summed in float32, gradients of parameters included, which takes a copy of these.
 
     **Raises:**
 
     `TypeError` or `ValueError` at trace time, naming the argument. What your functions raise
     passes through, with notes: which function it was, its arguments, and how `data` was read.
     """
-    _check(type(_static(has_aux)) is bool, TypeError, "has_aux must be a static bool", has_aux)
+    _check(type(_scalar(has_aux)) is bool, TypeError, "has_aux must be a static bool", has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
     unrolled_steps = _check_int("unroll", unroll, {True: num_steps, False: 1})
     stored_every = _check_int("checkpoint", checkpoint, {True: 1, False: 0})
-    static_cuts, masks, k = _check_cuts(cuts, num_steps)
+    all_cuts, masks, k = _check_cuts(cuts, num_steps)
     given_weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
     level_weights = _check_levels(
         "weights must be a real array", given_weights, REAL, num_steps
@@ -206,12 +206,12 @@ def residuum_loss(
     residual = checked("residuum_fn", residuum_fn, _check_residual, "u_next", "u_prev")
     residual_loss = checked("time_level_loss", time_level_loss, _check_loss, "residuum")
 
-    # A state is the list of its leaves, and a PyTree only for the user's functions.
+    # Here a state is a list of leaves. Only the user's functions see the PyTree.
     def advance(u_prev: State, inputs_t: list[Array]) -> Any:
         return next_state(to_state(u_prev), *to_arguments(inputs_t))
 
     def time_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
-        bptt, prev, next = static_cuts._replace(**masks_t)
+        bptt, prev, next = all_cuts._replace(**masks_t)
         u_next = advance(u_prev, inputs_t)
         states = to_state(_cut(u_next, next)), to_state(_cut(u_prev, prev))
         return _cut(u_next, bptt), residual_loss(residual(*states, *to_arguments(inputs_t)))
@@ -226,7 +226,7 @@ def residuum_loss(
     step, closed_over, is_constant, loss_dtype = _hoist(
         batch_step, u_0, first_masks, first_inputs
     )
-    # Nothing is stored for a segment of one step, whose backward pass follows at once.
+    # `checkpoint` would save nothing in a segment of one step: its backward pass is next.
     loop = Loop(step, is_constant, k, 0 if k == 1 < num_steps else stored_every, unrolled_steps)
     levels = Levels(level_weights.astype(loss_dtype), masks, level_inputs)
     rollout = _streamed_rollout if k < num_steps else _rollout
@@ -243,7 +243,7 @@ Masks = dict[str, Array]  # the cuts that are arrays, by field
 
 
 class Levels(NamedTuple):
-    """What belongs to the time levels, `[num_steps, ...]`; of one level, without that axis."""
+    """Per-level arrays, `[num_steps, ...]`; for a single level, without that axis."""
 
     weights: Array  # in the dtype of the loss
     masks: Masks
@@ -259,7 +259,7 @@ class Loop(NamedTuple):
     """All that is static about a rollout."""
 
     step: Step
-    is_constant: list[bool]  # for each leaf of a state: whether the step leaves it alone
+    is_constant: list[bool]  # for each leaf of a state: whether the step returns it as it is
     segment_length: int  # number of steps after which the main chain is cut
     checkpoint: int  # number of steps for which one state is stored; 0: no rematerialisation
     unroll: int
@@ -268,9 +268,9 @@ class Loop(NamedTuple):
 def _rollout(loop: Loop, closed_over: list[Array], u: State, levels: Levels) -> LossAndAux:
     """The weighted sum of the losses; the losses `[num_steps]`, and the final state.
 
-    A leaf of the state that the step leaves alone is not carried, or each step would store it.
+    A leaf that the step returns unchanged is not carried, or each step would store it.
     With `checkpoint > 1`, the loop is one over blocks of `checkpoint` steps. Its backward pass
-    finds the state before each block, recomputes those in the block, and from each of them the
+    reads the state before each block, recomputes the states in it, and from each of them its
     activations. It stores `num_steps / checkpoint + checkpoint` states.
     """
     constants, carry = _partition(u, loop.is_constant)
@@ -285,7 +285,7 @@ def _rollout(loop: Loop, closed_over: list[Array], u: State, levels: Levels) -> 
     for chunk in chunks:
         num_blocks, length = chunk.weights.shape
         block = partial(_scan, step, length=length, unroll=loop.unroll, remat=loop.checkpoint)
-        # The backward pass of a last block by itself follows at once.
+        # A single last block needs none: its backward pass is next.
         remat = num_blocks > 1 or chunk is not chunks[-1]
         carry, y = _scan(block, carry, chunk, num_blocks, loop.unroll // block_length, remat)
         ys.append(y)
@@ -294,7 +294,7 @@ def _rollout(loop: Loop, closed_over: list[Array], u: State, levels: Levels) -> 
 
 
 def _chunks(levels: Levels, length: int, first: int = 0) -> list[Any]:
-    """Chunks of blocks `[num_blocks, length, ...]`: `first` levels, the others, the rest."""
+    """Chunks of blocks `[num_blocks, length, ...]`: `first` levels, the bulk, a remainder."""
     num_steps = len(levels.weights)
     last = num_steps - (num_steps - first) % length
 
@@ -316,7 +316,7 @@ def _scan(
     """`jax.lax.scan`, without a loop if one iteration does it all; `remat` recomputes steps."""
     unroll = max(unroll, 1)
     if remat:
-        # In a loop XLA cannot undo rematerialisation; without one it must be kept from it.
+        # XLA cannot undo rematerialisation in a loop; without a loop, CSE would.
         step = jax.checkpoint(step, prevent_cse=unroll >= length)
     if unroll < length:
         return jax.lax.scan(step, carry, xs, length, unroll=unroll)
@@ -328,7 +328,7 @@ def _scan(
 
 
 def _cut(u: State, where: bool | Array) -> State:
-    """Stops the gradient where `where` is true; selects only if that is not static."""
+    """Stops the gradient where `where` is true, by a select if it is an array."""
     if isinstance(where, bool):
         return jax.lax.stop_gradient(u) if where else u
     return [jnp.where(where, jax.lax.stop_gradient(x), x) for x in u]
@@ -356,13 +356,13 @@ def _combine(tree: PyTree, others: PyTree) -> PyTree:
 
 
 def _settle(advance: Callable[[State], State], u: State) -> State:
-    """`u` in the types in which `advance` returns it: a loop needs a carry of one type."""
+    """`u`, cast until `advance` preserves its types, as the carry of a loop must be."""
     settled = [*map(_cast, u, jax.make_jaxpr(advance)(u).out_avals)]
     return u if all(map(is_, settled, u)) else _settle(advance, settled)
 
 
 def _cast(x: Array, like: Any) -> Array:
-    """`x` in the dtype of `like`, and varying over its axes of a `jax.shard_map`."""
+    """`x` in the dtype of `like`, and varying over its `jax.shard_map` axes."""
     axes = tuple(_varying_axes(like) - _varying_axes(x))
     if axes:  # before JAX 0.8, `pcast` was `pvary`
         pcast = getattr(jax.lax, "pcast", lambda x, axes, to: vars(jax.lax)["pvary"](x, axes))
@@ -378,11 +378,11 @@ def _varying_axes(tree: PyTree) -> frozenset[Hashable]:
 
 
 def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bool], Any]:
-    """`f` as a `step` that closes over nothing, and what `f` closes over: its first argument.
+    """`f` as a `step` whose first argument is what `f` closes over; and those arrays.
 
-    So the parameters become data, in float32 if they are of half precision: that is how their
-    gradient is accumulated over the time levels. `jax.closure_convert` would miss integers and
-    keys. Also returns which leaves of the state the step leaves alone, and the loss's dtype.
+    The parameters become data, in float32 if they are of half precision, so that their gradient
+    is summed in it. `jax.closure_convert` would miss integers and keys. Also returns which
+    leaves of the state pass through unchanged, and the dtype of the loss.
     """
     closed: Any = jax.make_jaxpr(f)(u, *level)
     if any(type(getattr(x, "aval", None)).__name__ == "AbstractRef" for x in closed.consts):
@@ -391,7 +391,7 @@ def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bo
     closed_over = [_at_least_float32(x) if _is_inexact(x) else x for x in constants]
     types = [variable.aval for variable in closed.jaxpr.constvars]
     pairs = zip(closed.jaxpr.outvars[:-1], closed.jaxpr.invars, strict=False)
-    # From JAX 0.12 on, a jaxpr holds its constants. They may be tracers, which must not stay.
+    # From JAX 0.12 on, a jaxpr holds its constants. They may be tracers, which must not leak.
     jaxpr = closed.jaxpr.replace(consts=[]) if hasattr(closed.jaxpr, "consts") else closed.jaxpr
 
     def step(closed_over: list[Array], *u_and_level: PyTree) -> tuple[State, Array]:
@@ -405,27 +405,27 @@ def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bo
 #
 # The streaming gradient of a truncated rollout
 #
-# Static cuts divide the rollout into segments of `k` steps, and no gradient crosses from one
+# A static `bptt=k` divides the rollout into segments of `k` steps; no gradient crosses from one
 # into another. Differentiating a loop over all segments would nevertheless store all their
 # activations, because the loop runs forward to its end before it runs backward.
 #
-# But the loss is the sum of the losses of the segments, and its gradient the sum of their
-# gradients. Both can be accumulated while the rollout advances: take value and gradient of one
-# segment, add them up, cut the state, go on. This is ordinary backpropagation in another order,
-# and stores only the sum and one segment's activations. The gradient for the initial state is
-# that of the first segment; for what belongs to a time level, the loop returns it.
+# But the loss and its gradient are sums over the segments, and can be accumulated while the
+# rollout advances: take value and gradient of one segment, add them to the sums, cut the state,
+# go on. Only the sums and one segment's activations are stored. The gradient for the initial
+# state is that of the first segment. The gradient for the arrays of a time level comes from the
+# segment of that level, so the loop over segments stacks it.
 #
-# The rule is a `jax.custom_jvp`: the loss changes by <gradient, tangents>. This is linear in
-# the tangents, so JAX transposes it for reverse mode; it consists of operations that JAX can
-# differentiate, so derivatives of any order are exact; and where only the value is wanted, it
-# does not run. A `jax.custom_vjp` would be a third shorter, but has no forward mode. The price:
-# reverse mode over the rule stores every segment, and so does the gradient with respect to what
-# does not vary over a `jax.shard_map(check_vma=True)`.
+# The rule is a `jax.custom_jvp`. If anything is differentiated, the forward pass computes the
+# gradient as well, and the tangent of the loss is <gradient, tangents>: linear in the tangents,
+# so JAX transposes it for reverse mode, and made of operations that JAX can differentiate, so
+# derivatives of any order are exact. A `jax.custom_vjp` would be shorter, but has no forward
+# mode. The price: reverse mode over the rule stores every segment, and so does the gradient for
+# arrays that do not vary over an axis of a `jax.shard_map(check_vma=True)`.
 #
 
 
 def _streamed_rollout(loop: Loop, *arguments: Any) -> LossAndAux:
-    """`_rollout`, one segment after the other, with the main chain cut after each."""
+    """`_rollout`, one segment after the other, cut after each; by itself without gradients."""
     return _value_and_grad(loop, jax.tree.map(lambda _: False, arguments), *arguments)[0]
 
 
@@ -435,7 +435,7 @@ def _value_and_grad(
 ) -> tuple[LossAndAux, PyTree]:
     """The streamed rollout, and its gradient with respect to the arrays that `wrt` marks.
 
-    If the gradient of the initial state is wanted, the first segment is outside of the loop.
+    If the gradient of the initial state is wanted, the first segment is outside the loop.
     """
     wrt_closed_over, wrt_u, wrt_levels = wrt
     levels = _depending_on((closed_over, u, levels), levels)
@@ -456,37 +456,37 @@ def _value_and_grad(
 def _advance(
     loop: Loop, wrt: PyTree[bool], closed_over: list[Array], carry: PyTree, levels: Levels
 ) -> tuple[PyTree, PyTree]:
-    """Moves on by one segment: the state, the sum of the losses, and that of the gradients."""
+    """Advances the state and the sums of losses and gradients by one segment."""
     u, sums = carry
     variables, constants = _partition((closed_over, u, levels), wrt)
     f = jax.value_and_grad(lambda x: _rollout(loop, *_combine(x, constants)), has_aux=True)
     (loss, (losses, u_next)), (grads, u_grads, level_grads) = f(variables)
     sums = jax.tree.map(jnp.add, sums, (loss, grads))
-    # Cut the state here, too: derivatives of higher order differentiate this code.
+    # Cut the state here too: higher-order derivatives differentiate this code.
     return (_cut(u_next, True), sums), (losses, u_grads, level_grads)
 
 
 def _value_and_grad_jvp(loop: Loop, wrt: PyTree[bool], primals: Any, tangents: Any) -> Any:
     """The derivative of the value is <gradient, tangents>; that of a gradient is JAX's own.
 
-    The gradient is again a `_value_and_grad`: linearising the rule, JAX would trace a bare loop
-    a second time, only to find that no tangent enters it.
+    The gradient calls `_value_and_grad` itself: JAX, linearising the rule, would trace a plain
+    loop a second time, only to find that no tangent enters it.
     """
-    perturbed = jax.tree.map(lambda dot: not isinstance(dot, SymbolicZero), tangents)
+    perturbed = jax.tree.map(lambda x: not isinstance(x, SymbolicZero), tangents)
     variables, constants = _partition(primals, perturbed)
     dots, _ = _partition(tangents, perturbed)
     # A tangent may be a Python number.
-    dots = jax.tree.map(lambda x, dot: jnp.asarray(dot, x.dtype), variables, dots)
-    other_axes = {*map(_varying_axes, jax.tree.leaves(variables))} - {_varying_axes(primals)}
-    if any(jax.tree.leaves(wrt)) or other_axes:
+    dots = jax.tree.map(lambda x, dx: jnp.asarray(dx, x.dtype), variables, dots)
+    unvarying = {*map(_varying_axes, jax.tree.leaves(variables))} - {_varying_axes(primals)}
+    if any(jax.tree.leaves(wrt)) or unvarying:
         # The gradient for what does not vary over an axis of a `shard_map` is a sum over that
         # axis. A tangent of the local loss cannot be made from it.
         f = partial(_value_and_grad.fun, loop, wrt)
         return jax.jvp(lambda x: f(*_combine(x, constants)), (variables,), (dots,))
     (loss, aux), grads = _value_and_grad(loop, perturbed, *primals)
-    # A gradient of a complex variable is the conjugate of the mathematician's, so this is not
-    # `vdot`; and `dot` would lose precision on an accelerator.
-    product = lambda x, dot: jnp.sum(_at_least_float32(x) * _at_least_float32(dot)).real
+    # JAX's gradient of a complex variable is conjugated already, so this is not `jnp.vdot`; and
+    # `jnp.dot` would lose precision on an accelerator.
+    product = lambda x, dx: jnp.sum(_at_least_float32(x) * _at_least_float32(dx)).real
     products = jax.tree.leaves(jax.tree.map(product, grads, dots))
     loss_dot = sum([x.astype(loss.dtype) for x in products])
     no_grads = jax.tree.map(lambda _: None, grads)
@@ -497,11 +497,11 @@ _value_and_grad.defjvp(_value_and_grad_jvp, symbolic_zeros=True)
 
 
 def _depending_on(tree: PyTree, levels: Levels) -> Any:
-    """`levels`, less an empty sum of `tree`, which XLA removes.
+    """`levels` minus a zero made from `tree`, an empty sum, which XLA drops.
 
     If the rollout is part of a loop, JAX moves out of that loop what does not depend on its
-    variables, and stores it for each time level: the part of a cotangent that depends on the
-    weights alone, for example. (A barrier would do as well, but has no `vmap` in JAX 0.4.)
+    carry, and stores it for each time level: the part of a cotangent that depends on the
+    weights alone, for example. (`optimization_barrier` has no `vmap` in JAX 0.4.)
     """
     zero: Any = sum([jnp.any(x != x)[None][:0].sum() for x in jax.tree.leaves(tree)])
     weights, axes = levels.weights - zero.astype(levels.weights.dtype), _varying_axes(zero)
@@ -512,7 +512,7 @@ def _depending_on(tree: PyTree, levels: Levels) -> Any:
 
 
 #
-# Validation: all that can be said at trace time. A reader who trusts the inputs can stop here.
+# Validation and conversion of the arguments, at trace time. If you trust them, stop here.
 #
 
 REAL = (jnp.floating, jnp.integer, jnp.bool)
@@ -523,12 +523,12 @@ def _check(ok: bool, error: Any, expected: str, x: Any, why: str = "", got: str 
     if not ok:
         if isinstance(x, Tracer) and "static" in expected:
             why = " It is traced: close over it, or make it static in jax.jit."
-        raise error(f"{expected}, got {got or _describe(_static(x))}.{why}")
+        raise error(f"{expected}, got {got or _describe(_scalar(x))}.{why}")
 
 
 def _check_int(name: str, x: Any, bools: dict[bool, int] | None = None) -> Any:
     """Returns `x`, or what it stands for if it is one of `bools`."""
-    value = _static(x)
+    value = _scalar(x)
     if bools and isinstance(value, bool):
         return bools[value]
     kind = "a static bool or a static int" if bools else "a static int"
@@ -538,9 +538,9 @@ def _check_int(name: str, x: Any, bools: dict[bool, int] | None = None) -> Any:
 
 
 def _check_cuts(cuts: Any, num_steps: int) -> tuple[Any, Masks, int]:
-    """Returns the static cuts, the masks, and the number of steps of a static segment."""
+    """Returns the cuts, of which the masks override some, the masks, and the segment length."""
     _check(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
-    static, masks, k = Cuts(*map(_static, cuts)), dict[str, Array](), num_steps
+    static, masks, k = Cuts(*map(_scalar, cuts)), dict[str, Array](), num_steps
     if isinstance(static.bptt, int):
         k = min(_check_int("cuts.bptt", static.bptt, {True: 1, False: num_steps}), num_steps)
         static = static._replace(bptt=False)
@@ -559,7 +559,7 @@ def _check_levels(what: str, x: Any, kinds: Any, num_steps: int, scalar: bool = 
 
 
 def _check_data(data: Any, num_steps: int) -> tuple[State, Any, str]:
-    """Returns snapshot 0, what makes a state of its leaves, and how the data was read."""
+    """Returns snapshot 0, the function from leaves to a state, and how the data was read."""
     shapes = {str(getattr(x, "shape", x)) for x in data} if type(data) in (list, tuple) else ()
     is_list = len(shapes) == 1 < len(data)
     hint = " (data is a list of fields; of samples make one array, by jnp.stack)" * is_list
@@ -577,7 +577,7 @@ def _check_data(data: Any, num_steps: int) -> tuple[State, Any, str]:
 
 
 def _check_inputs(inputs: Any, batch: int, num_steps: int) -> tuple[list[Array], Any]:
-    """Returns the leaves, time first; and what makes arguments of those of one level."""
+    """Returns the leaves, time first; and a function from those of a level to arguments."""
     if inputs is None:
         return [], lambda _: ()
     must = f"must be an array [batch, num_rollout_steps, ...] = [{batch}, {num_steps}, ...]"
@@ -594,7 +594,7 @@ def _check_tree(name: str, tree: Any, must: str, fits: Any, also: Any = ()) -> l
 
 
 def _array(expected: str, x: Any, fits: Any, kinds: Any, also: Any) -> Any:
-    """Returns `x`, an array or one of the types `also`, as a JAX array of a strong type."""
+    """Returns `x`, an array or of a type of `also`, as a strongly typed JAX array."""
     array: Any = None
     why = ""
     if _kind(x) or isinstance(x, also):
@@ -616,7 +616,7 @@ def _checked(read: str, axis_name: Any, name: str, f: Any, check: Any, *names: s
         call = ", ".join(map(_describe, args, (*names, "inputs_t")))
         notes = [f"Raised when {name} was called on one sample: {name}({call})."]
         try:
-            # A copy, since a State of Equinox can be read only once.
+            # A copy, since an Equinox `State` can be read only once.
             result = f(*jax.tree.map(lambda x: x, args))
             notes = []
             return check(result, *args)
@@ -661,13 +661,13 @@ def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
     return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
 
 
-def _static(x: Any) -> Any:
-    """A scalar of NumPy as the Python scalar that it stands for."""
+def _scalar(x: Any) -> Any:
+    """A NumPy scalar as a Python scalar; anything else as it is."""
     return x.item() if isinstance(x, jnp.generic) else x
 
 
 def _kind(x: Any) -> Any:
-    """What kind of array `x` is, `None` if it is none."""
+    """The kind of an array's dtype; `None` if `x` is no array."""
     is_array = isinstance(x, (jax.Array, *get_args(ArrayLike))) and hasattr(x, "dtype")
     return next((kind for kind in KINDS if is_array and jnp.issubdtype(x.dtype, kind)), None)
 

@@ -22,7 +22,7 @@ def run_example(name, *arguments, **options):
 
 
 FIGURES = {
-    # which .ci/run starts by README's command
+    # which `nox -s examples` starts by itself
     "burgers.py": "burgers.png",
     "conditioning.py": "conditioning.png",
     "convolutions_on_cpu.py": "convolutions_on_cpu.png",
