@@ -6,8 +6,8 @@ in it. The loss is called as on one device. What a process has to do is to join 
 (`jax.distributed.initialize`), and to load its own part of each batch
 (`jax.make_array_from_process_local_data`). The result is that of one process, up to rounding.
 
-If a process dies, or the launcher that started them, all processes end. With `--checkpoint DIR`,
-the same command then resumes from the last checkpoint, with any number of processes.
+If a process or the launcher dies, all processes end. With `--checkpoint DIR`, the same command
+then resumes from the last checkpoint, with any number of processes.
 
     python examples/data_parallel.py --num-processes 2        two processes on this machine
     srun python examples/data_parallel.py --cluster           what SLURM has started, say
@@ -88,7 +88,7 @@ def describe(code):
 
 
 def end_with_launcher():
-    """Waits for the end of the pipe from the launcher, which closes however the launcher dies."""
+    """Waits for the end of the pipe from the launcher, which closes however it dies."""
     os.read(0, 1)  # `sys.stdin` would hold a lock that the interpreter needs at its own end
     os._exit(1)  # even if the main thread waits for another process
 
