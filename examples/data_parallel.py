@@ -66,8 +66,8 @@ def launch(args):
     processes: list[subprocess.Popen] = []
     try:
         for i in range(args.num_processes):
-            process = [*command, "--process-id", str(i)]
-            processes.append(subprocess.Popen(process, stdin=subprocess.PIPE))
+            numbered = [*command, "--process-id", str(i)]
+            processes.append(subprocess.Popen(numbered, stdin=subprocess.PIPE))
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
             time.sleep(0.1)
     finally:
@@ -76,7 +76,7 @@ def launch(args):
             process.wait()
     dead = [f"{i} ({describe(code)})" for i, code in enumerate(codes) if code]
     if dead:
-        again = "starts anew, for want of --checkpoint"
+        again = "starts anew, because no --checkpoint was given"
         if args.checkpoint:
             again = f"goes on from the last checkpoint in {args.checkpoint}"
         return f"\nDied: process {', '.join(dead)}; all were ended. The same command {again}."
@@ -100,10 +100,12 @@ def join(args):
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.cluster or args.num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        others = (args.coordinator, args.num_processes, args.process_id)
-        if args.cluster:
-            others = ()  # found by what the cluster says
-        jax.distributed.initialize(*others, heartbeat_timeout_seconds=args.heartbeat_timeout)
+        timeout = args.heartbeat_timeout
+        initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=timeout)
+        if args.cluster:  # which says who the others are
+            initialize()
+        else:
+            initialize(args.coordinator, args.num_processes, args.process_id)
 
 
 #
