@@ -79,14 +79,13 @@ def flags(session):
 
 @nox.session(python=OLDEST)
 def annotations(session):
-    """Quick tests with annotations checked at run time, at the lower bounds."""
+    """Values, cost and precision at the lower bounds, annotations checked at run time."""
     needed = [r.replace(">=", "==") for r in requirements("test") if not r.startswith("flax")]
     session.install(*needed)
-    # Where the annotations object first, the library's own messages are not seen.
-    ignored = [f"--ignore=tests/test_{name}.py" for name in ("messages", "documentation")]
-    hook = "--jaxtyping-packages=residuum,beartype.beartype"
-    pytest(session, "-m", "not slow", hook, *ignored)
-    session.run("python", "-m", "pytest", "-m", "not slow", "tests/test_messages.py")
+    # Not the files about messages: where the annotations object first, ours are not seen.
+    names = ("constants", "cost", "precision", "rule", "transformations")
+    files = ["test_residuum.py", *(f"tests/test_{name}.py" for name in names)]
+    pytest(session, "-m", "not slow", "--jaxtyping-packages=residuum,beartype.beartype", *files)
 
 
 @nox.session(python=NEWEST)
