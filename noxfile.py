@@ -69,7 +69,7 @@ def flags(session):
     """Quick tests with XLA's optimisations; derivatives with JAX's new rematerialisation."""
     session.install(*requirements("test"))
     files = ["test_residuum.py", "tests/test_cost.py"]
-    optimized = ["tests/test_convolutions.py", "tests/test_precision.py"]
+    optimized = ["tests/examples/test_canonical_convolutions.py", "tests/test_precision.py"]
     pytest(session, "-m", "not slow", *files, *optimized, RESIDUUM_TEST_OPTIMIZED="1")
     # In nested loops the new rematerialisation has one barrier more than is needed.
     barrier = "test_rematerialisation_is_protected_from_xla_only_where_there_is_no_loop"
@@ -118,11 +118,11 @@ def docs(session):
 
 @nox.session(python=NEWEST)
 def examples(session):
-    """README's example, and then all examples, in quick mode."""
+    """README's example, and then all examples and studies, in quick mode."""
     session.install(*requirements("test"), ".")
     output = f"{session.create_tmp()}/burgers.png"
     session.run("python", "examples/burgers.py", "--quick", "--output", output)
-    pytest(session, "tests/test_examples.py")
+    pytest(session, "tests/examples/test_examples.py", "tests/examples/test_studies.py")
 
 
 @nox.session(python=NEWEST)
@@ -160,4 +160,5 @@ def accelerators(session):
     """Programs for TPUs and GPUs that are not there, by their compilers (needs 6 GB)."""
     compilers = ("tpu",) if "v5e" in " ".join(session.posargs) else ("tpu", "gpu")
     session.install(*requirements("test", *compilers))
-    session.run("python", "-m", "pytest", "tests/test_accelerators.py", *session.posargs)
+    file = "tests/examples/test_accelerators.py"
+    session.run("python", "-m", "pytest", file, *session.posargs)

@@ -172,7 +172,7 @@ def residuum_loss(
         `bptt`, this holds within a segment; for `bptt=1`, nothing is left to save.
     - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop. A step
         alone has none. Compile time grows with it. On a CPU, convolutions are slower in a loop
-        (jax-ml/jax#12868): unroll, or apply `examples/convolutions_on_cpu.py`.
+        (jax-ml/jax#12868): unroll, or apply `examples/canonical_convolutions.py`.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**

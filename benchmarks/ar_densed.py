@@ -1,31 +1,25 @@
-"""Runs the published weights of AR-DenseED on the test of examples/kuramoto_sivashinsky.py, and
-prints its row of the table there.
+r"""Runs the published weights of AR-DenseED on the test of published_kuramoto_sivashinsky.py,
+and prints its row of the table there.
 
     git clone https://github.com/zabaras/ar-pde-cnn
     python benchmarks/ar_densed.py \
         --weights ar-pde-cnn/1D-KS-SWAG/post/networks/torchSwagModel_epoch100.pth
 
-Needs PyTorch to read the file, and the packages of the examples. The file is from
+You need PyTorch to read the file, and the packages of the examples. The file belongs to
 N. Geneva, N. Zabaras: Modeling the dynamics of PDE systems with physics-constrained deep
 auto-regressive networks. J. Comput. Phys. 403, 109056 (2020), arXiv 1906.05747,
-commit adeb9f313d70 of their repository. None of it is used here: the network was written anew.
+commit adeb9f313d70 of their repository. The network is written anew here, without their code.
 """
 
 import argparse
 import pathlib
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published_kuramoto_sivashinsky as ks
 from tqdm import tqdm
-
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-import kuramoto_sivashinsky as ks  # noqa: E402
 
 
 #
@@ -34,8 +28,8 @@ import kuramoto_sivashinsky as ks  # noqa: E402
 
 
 def read_weights(path):
-    """The network of the file, `{name: array}`: what its `base` holds. What is beside it, the
-    moments of SWAG, is still zero after epoch 100."""
+    """The network of the file, `{name: array}`: the contents of `base`. The file also has the
+    moments of SWAG, which are still zero after epoch 100."""
     import torch
 
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -48,20 +42,20 @@ def read_weights(path):
 
 
 def num_parameters(weights):
-    """Those that were trained: the moments of the normalisation are not."""
+    """Of the trained ones: the moments of the normalisation do not count."""
     return sum(value.size for name, value in weights.items() if "running" not in name)
 
 
 def convolve(u, kernel, stride=1):
-    """Periodic convolution of `[c_in, x]` with `[c_out, c_in, kernel_size]`. Their
-    `padding=kernel_size - 1` was shared between the two sides by their PyTorch."""
+    """Periodic convolution of `[c_in, x]` with `[c_out, c_in, kernel_size]`. The
+    published `padding=kernel_size - 1` meant half of that on each side, in PyTorch then."""
     half = kernel.shape[-1] // 2
     u = jnp.pad(u, ((0, 0), (half, half)), "wrap")
     return jax.lax.conv(u[None], kernel, (stride,), "VALID")[0]
 
 
 def ar_densed(weights, u):
-    """The next state `[1, x]` of the two before, `[2, x]`, the newest last."""
+    """The next state `[1, x]` after the last two, `[2, x]`, the newest of which comes last."""
 
     def normalise(name, u):
         mean, variance, scale, shift = (
@@ -76,15 +70,16 @@ def ar_densed(weights, u):
         hidden = jnp.concatenate([hidden, new])
     for i in (1, 2, 3):
         hidden = normalise(f"LastTransUp.norm{i}", hidden)
-        if i == 2:
-            hidden = jnp.repeat(hidden, 2, axis=-1)  # the nearest point: full resolution
+        if i == 2:  # back to full resolution, by the nearest point
+            hidden = jnp.repeat(hidden, 2, axis=-1)
         hidden = convolve(hidden, weights[f"LastTransUp.conv{i}.weight"])
     return hidden
 
 
 @partial(jax.jit, static_argnames="num_steps")
 def trajectories(weights, states, num_steps):
-    """`[batch, num_steps + 1, 1, x]` from states `[batch, 1, x]`. They are their own past."""
+    """`[batch, num_steps + 1, 1, x]` from states `[batch, 1, x]`, each of which is also
+    its own predecessor."""
 
     def step(past, _):
         u = jnp.concatenate([past[:, 1:], jax.vmap(partial(ar_densed, weights))(past)], axis=1)
@@ -100,8 +95,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=pathlib.Path, required=True)
-    parser.add_argument("--draws", type=int, default=1, help="tests of 200 trajectories each")
-    parser.add_argument("--output", type=pathlib.Path, help="CSV of the first one's error")
+    parser.add_argument("--draws", type=int, default=1, help="of the test's 200 trajectories")
+    parser.add_argument("--output", type=pathlib.Path, help="CSV of the first draw's error")
     args = parser.parse_args()
 
     weights = read_weights(args.weights)
@@ -109,10 +104,10 @@ def main():
     for draw in tqdm(range(args.draws)):
         reference = ks.published_test(seed=draw)
         u = trajectories(weights, reference[:, 0], ks.TEST_STEPS)
-        verdict = ks.judge(u, reference, num_parameters(weights))
-        rows[f"AR-DenseED, draw {draw}"] = verdict.row
+        scores = ks.judge(u, reference, num_parameters(weights))
+        rows[f"AR-DenseED, draw {draw}"] = scores.row
         if draw == 0:
-            first = verdict
+            first = scores
             error = ks.relative_error(u, reference)
     ks.print_table(rows)
     print("\nEnergy of its modes from 2 on, relative to the solver's, draw 0:")

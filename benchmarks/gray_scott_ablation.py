@@ -1,51 +1,67 @@
-"""What each item of the recipe of examples/gray_scott.py gains: one at a time is other.
+"""An ablation of the recipe of examples/gray_scott.py: what each of its items gains, one change
+at a time.
 
-All rows train for the same time, with two learning rates each, of which the table shows the
-better one. Errors are those after 50 steps, from patterns and from the seeds that they grow
-from, of unseen samples with unseen rates.
+All rows are trained for the same time and with two learning rates, of which the table shows the
+better one. Errors are those after 50 steps, on unseen samples with unseen rates, from patterns
+and from the seeds that they grow from.
 
     python benchmarks/gray_scott_ablation.py             20 minutes on one core
     python benchmarks/gray_scott_ablation.py --quick     to see that it runs
 """
 
 import argparse
-import csv
 import pathlib
-import sys
-import time
+from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
+import study  # makes the examples importable
 
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+# isort: split
+import common
+import gray_scott
+from canonical_convolutions import canonical_convolutions
+from gray_scott import CHANGE_SIZE, FIELD_MEAN, FIELD_SIZE, HIGHEST_RATES, LOWEST_RATES, State
 
-import gray_scott  # noqa: E402
-from gray_scott import Recipe  # noqa: E402
+from residuum import Cuts, residuum_loss
 
-from residuum import Cuts  # noqa: E402
+
+class Recipe(NamedTuple):
+    """The defaults are those of the example."""
+
+    scale_fields: bool = True
+    scale_residuals: bool = True
+    start_at_identity: bool = True
+    precondition: bool = True
+    bilinear: bool = True  # else GELU
+    num_rollout_steps: int = 1  # with a replay buffer, the next update continues from there
+    cuts: Cuts = Cuts()
+    buffer_size: int = gray_scott.BUFFER_SIZE  # 0: new random states for each update
+    batch_size: int = gray_scott.BATCH_SIZE
 
 
 ROWS: dict[str, dict] = {
     "the recipe": {},
     "fields not scaled": dict(scale_fields=False),
-    "residua not scaled": dict(scale_residua=False),
-    "the next state, not its change": dict(begin_at_identity=False),
+    "residua not scaled": dict(scale_residuals=False),
+    "the next state, not its change": dict(start_at_identity=False),
     "not preconditioned": dict(precondition=False),
-    "GELU, not products": dict(products=False),
+    "GELU, not products": dict(bilinear=False),
     "4 steps": dict(num_rollout_steps=4),
     "4 steps, `bptt=1`": dict(num_rollout_steps=4, cuts=Cuts(bptt=1)),
-    "no pool": dict(pool_size=0),
-    "no pool, 16 steps, `bptt=1`": dict(pool_size=0, num_rollout_steps=16, cuts=Cuts(bptt=1)),
+    "no pool": dict(buffer_size=0),
+    "no pool, 16 steps, `bptt=1`": dict(buffer_size=0, num_rollout_steps=16, cuts=Cuts(bptt=1)),
     "batches of 64, not 4": dict(batch_size=64),
     "none of it": dict(
         scale_fields=False,
-        scale_residua=False,
-        begin_at_identity=False,
+        scale_residuals=False,
+        start_at_identity=False,
         precondition=False,
-        products=False,
-        pool_size=0,
+        bilinear=False,
+        buffer_size=0,
         batch_size=64,
     ),
 }
@@ -53,38 +69,115 @@ LEARNING_RATES = (1e-2, 1e-3)
 STEPS = (1, 10, 50, 100)
 
 
-def seconds_per_update(recipe, key, num_updates=10):
-    start, update = gray_scott.make_update(recipe, num_updates)
-    *carry, loss = update(*start(key), key)  # compiles
-    loss.block_until_ready()
-    begin = time.perf_counter()
-    for _ in range(num_updates):
-        *carry, loss = update(*carry, key)
-    loss.block_until_ready()
-    return (time.perf_counter() - begin) / num_updates
+#
+# What the example trains, with switches
+#
 
 
-def judge(stepper, tests):
-    """Errors of the emulator by start, field and step; and for how many steps, of the first
-    50, it is better than persistence in both fields."""
+def make_residuum_fn(recipe):
+    def residuum_fn(next, prev):
+        residual = gray_scott.imex_euler(next, prev)
+        if recipe.precondition:
+            residual = gray_scott.invert_diffusion(residual)
+        return residual / CHANGE_SIZE if recipe.scale_residuals else residual
+
+    return residuum_fn
+
+
+class Emulator(eqx.Module):
+    network: common.ConvNet
+    recipe: Recipe = eqx.field(static=True)
+
+    def __init__(self, recipe, key):
+        width, activation = (16, common.bilinear) if recipe.bilinear else (32, jax.nn.gelu)
+        options = dict(activation=activation, gain=3**0.5, zero_last=recipe.start_at_identity)
+        self.network = common.ConvNet(2, (4, width, width, 2), (3, 1, 3), **options, key=key)
+        self.recipe = recipe
+
+    def __call__(self, state):
+        fields, rates = state
+        mean, size, change_size = 0.0, 1.0, 1.0
+        if self.recipe.scale_fields:
+            mean, size, change_size = FIELD_MEAN, FIELD_SIZE, CHANGE_SIZE
+            rates = 2 * (rates - LOWEST_RATES) / (HIGHEST_RATES - LOWEST_RATES) - 1
+        fields = (fields - mean) / size
+        rates = jnp.broadcast_to(rates[:, None, None], fields.shape)
+        output = self.network(jnp.concatenate([fields, rates]))
+        if self.recipe.start_at_identity:
+            return State(state.fields + change_size * output, state.rates)
+        return State(mean + size * output, state.rates)
+
+
+def make_update(recipe, num_updates, learning_rate=LEARNING_RATES[0]):
+    """Returns `start: key -> carry` and `update: carry, key -> carry, loss`. The carry consists
+    of the emulator, the state of the optimizer, and the replay buffer."""
+    schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    residuum_fn = make_residuum_fn(recipe)
+    options = dict(num_rollout_steps=recipe.num_rollout_steps, cuts=recipe.cuts)
+
+    def start(key):
+        stepper = Emulator(recipe, key)
+        opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
+        buffer_size = recipe.buffer_size or recipe.batch_size
+        return stepper, opt_state, gray_scott.random_states(key, buffer_size)
+
+    @eqx.filter_jit
+    @canonical_convolutions
+    def update(carry, key):
+        stepper, opt_state, buffer = carry
+        sample_key, replay_key, states_key = jax.random.split(key, 3)
+        batch = (recipe.batch_size,)
+        samples = jax.random.choice(sample_key, len(buffer.rates), batch, replace=False)
+        data = jax.tree.map(lambda x: x[samples, None], buffer)
+        loss_fn = lambda stepper: residuum_loss(
+            stepper, data, residuum_fn, has_aux=True, **options
+        )
+        (loss, aux), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(stepper)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        stepper = eqx.apply_updates(stepper, updates)
+
+        final = aux.final_state
+        fresh = gray_scott.random_states(states_key, recipe.batch_size)
+        lost = ~jnp.all(jnp.abs(final.fields) < 2, axis=(1, 2, 3))
+        share = 0.01 if recipe.buffer_size else 1.0
+        states = common.replay(final, fresh, lost=lost, share=share, key=replay_key)
+        buffer = jax.tree.map(lambda x, y: x.at[samples].set(y), buffer, states)
+        return (stepper, opt_state, buffer), loss / recipe.num_rollout_steps
+
+    return start, update
+
+
+def train(recipe, *, num_updates, key, learning_rate=LEARNING_RATES[0]):
+    """Returns the emulator, and the seconds that training took."""
+    start_key, updates_key = jax.random.split(key)
+    start, update = make_update(recipe, num_updates, learning_rate)
+    keys = jax.random.split(updates_key, num_updates)
+    (stepper, *_), seconds = common.train(update, start(start_key), keys)
+    return stepper, seconds
+
+
+#
+# The table
+#
+
+
+def evaluate(stepper, tests):
+    """Errors by initial states, field and step; and at how many of the first 50 steps they are
+    smaller than those of persistence in both fields."""
     row: dict[str, float] = {}
-    for start, (states, reference, standing_still) in tests.items():
-        trajectories = {
-            "solver": reference,
-            "persistence": standing_still,
-            "emulator": gray_scott.rollout(stepper, states),
-        }
-        errors = gray_scott.judge(trajectories)
+    for start, states in tests.items():
+        _, errors = gray_scott.evaluate(stepper, states)
         for field in ("u and v", "v"):
             for step in STEPS:
-                row[f"{start}, {field}, {step}"] = float(errors[field, "emulator"][step])
-        better = [errors[x, "emulator"] < errors[x, "persistence"] for x in ("u", "v")]
+                row[f"{start}, {field}, {step}"] = float(errors[f"{field}, emulator"][step])
+        better = [errors[f"{x}, emulator"] < errors[f"{x}, persistence"] for x in ("u", "v")]
         row[f"{start}, better"] = int(jnp.sum((better[0] & better[1])[1:51]))
     return row
 
 
 def score(row):
-    """By which the learning rate is chosen."""
+    """The better learning rate has the lower one."""
     error = float(row["patterns, u and v, 50"]) + float(row["seeds, u and v, 50"])
     return error if error == error else float("inf")  # NaN
 
@@ -99,8 +192,7 @@ COLUMNS = {
 
 def markdown(rows):
     """The table of the rows of the CSV file, the first of which is persistence."""
-    titles = ["trained with", *COLUMNS.values(), "better for", "updates", "rate"]
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines = []
     for name in dict.fromkeys(row["row"] for row in rows):
         best = min((row for row in rows if row["row"] == name), key=score)
         errors = [float(best[column]) for column in COLUMNS]
@@ -110,7 +202,8 @@ def markdown(rows):
         if name == "persistence":
             name, better = "*persistence*", ""
         lines.append([name, *errors, better, best["updates"], best["learning rate"]])
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    columns = ["trained with", *COLUMNS.values(), "better for", "updates", "rate"]
+    return study.markdown(columns, lines)
 
 
 def main():
@@ -122,53 +215,34 @@ def main():
     parser.add_argument("--rows", nargs="+", default=tuple(ROWS), choices=ROWS)
     parser.add_argument("--quick", action="store_true", help="one row, 5 updates, 4 samples")
     parser.add_argument("--table", action="store_true", help="of the file that is there")
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path("benchmarks/gray_scott_ablation.csv"),
-    )
+    output = pathlib.Path("benchmarks/gray_scott_ablation.csv")
+    parser.add_argument("--output", type=pathlib.Path, default=output)
     args = parser.parse_args()
     if args.table:
-        with args.output.open() as file:
-            print(markdown(list(csv.DictReader(file))))
+        print(markdown(study.read_csv(args.output)))
         return
-    rates = LEARNING_RATES
+    rates, num_test = LEARNING_RATES, gray_scott.NUM_TEST
     if args.quick:
-        args.rows, rates = ("no pool",), LEARNING_RATES[:1]
-    num_test = 4 if args.quick else gray_scott.NUM_TEST
+        args.rows, rates, num_test = ("no pool",), LEARNING_RATES[:1], 4
 
     train_key, test_key = jax.random.split(jax.random.key(args.seed))
-    standing_still = lambda state: state
-    tests = {
-        start: (
-            states,
-            *(gray_scott.rollout(s, states) for s in (gray_scott.solver, standing_still)),
-        )
-        for start, states in gray_scott.test_states(test_key, num_test).items()
-    }
-    persistence = {"row": "persistence", "learning rate": "", "updates": ""}
-    rows = [persistence | {"seconds": ""} | judge(standing_still, tests)]
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerow(rows[0])
-        for name in args.rows:
-            recipe = Recipe(**ROWS[name])
-            num_updates = 5
-            if not args.quick:
-                num_updates = int(60 * args.minutes / seconds_per_update(recipe, train_key))
-            for rate in rates:
-                begin = time.perf_counter()
-                stepper = gray_scott.train(
-                    recipe, num_updates=num_updates, key=train_key, learning_rate=rate
-                )
-                seconds = time.perf_counter() - begin
-                row = {"row": name, "learning rate": rate, "updates": num_updates}
-                row |= {"seconds": round(seconds, 1), **judge(stepper, tests)}
-                writer.writerow(row)
-                file.flush()
-                rows.append(row)
-                print(name, rate, *(f"{row[column]:.4f}" for column in COLUMNS), flush=True)
+    tests = gray_scott.test_states(test_key, num_test)
+    row = {"row": "persistence", "learning rate": "", "updates": "", "seconds": ""}
+    rows = [row | evaluate(lambda state: state, tests)]
+    for name in args.rows:
+        recipe, num_updates = Recipe(**ROWS[name]), 5
+        if not args.quick:
+            start, update = make_update(recipe, num_updates=10)
+            seconds = study.seconds_per_update(update, start(train_key), train_key)
+            num_updates = int(60 * args.minutes / seconds)
+        for rate in rates:
+            options = dict(num_updates=num_updates, key=train_key, learning_rate=rate)
+            stepper, seconds = train(recipe, **options)
+            row = {"row": name, "learning rate": rate, "updates": num_updates}
+            row |= {"seconds": round(seconds, 1), **evaluate(stepper, tests)}
+            rows.append(row)
+            study.write_csv(args.output, rows)
+            print(name, rate, *(f"{row[column]:.4f}" for column in COLUMNS), flush=True)
     print("\n" + markdown(rows))
 
 

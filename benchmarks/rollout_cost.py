@@ -20,8 +20,8 @@ The peers:
   one, in a process that has compiled before;
 - `limit`: as many calls of a jitted one-step value and gradient as there are steps;
 - `..., canonical`: of a convolutional network, the same with `canonical_convolutions` of
-  `examples/convolutions_on_cpu.py`. `unroll=True` has no such row, since it is straight code.
-  So is trainax, which has one to show that nothing changes.
+  `examples/canonical_convolutions.py`. `unroll=True` has no such row, since it is straight
+  code. So is trainax, which has one to show that nothing changes.
 
 Derivatives other than the gradient are measured for the MLP and 50 steps: `forward` is
 `jax.jvp` of the loss with respect to the parameters, and `hvp` a Hessian-vector product,
@@ -61,7 +61,6 @@ import platform
 import random
 import re
 import statistics
-import sys
 import time
 import warnings
 
@@ -71,14 +70,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pdequinox
+import study  # noqa: F401, makes the examples importable
 import trainax
+from canonical_convolutions import canonical_convolutions
 from tqdm import tqdm
 
 from residuum import Cuts, residuum_loss
-
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
-from convolutions_on_cpu import canonical_convolutions
 
 
 # PyTorch's idle threads would spin for a while and disturb whoever runs next.

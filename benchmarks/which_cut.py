@@ -1,26 +1,27 @@
-"""Which cut, when? Every cut and rollout length on three problems, at the same training time.
+"""Which cut, when? Every cut and rollout length on three problems, for the same training time.
 
-The problems are those of three examples: Burgers, 1D Kuramoto–Sivashinsky and Lorenz, each
-with its equation, initial conditions and network. What is compared is the gradient alone:
+The problems are Burgers and Lorenz, as in the examples, and the 1D Kuramoto–Sivashinsky
+equation of benchmarks/published_kuramoto_sivashinsky.py, each with its equation, initial
+conditions and network. The study compares nothing but the gradients:
 
-- Each training has the same number of seconds, without those of compiling: the time of an
-  update is measured first, and makes the number of updates. So longer rollouts get fewer.
-- All have batches of the same size, Adam with gradients clipped to norm 1, and a learning rate
-  that rises for a twentieth of the updates and falls to zero as a cosine. The loss is the mean
-  over the time levels.
-- All have the same states to learn from: a pool that starts from initial conditions. Of the
-  batch that an update takes from it, the last states of the rollout go back into it, so that
-  even rollouts of one step get to the attractor; one sample in a hundred starts anew, and all
-  that are lost. Burgers has no attractor, so there all samples start anew.
-- The error is that of the median test state after a fixed time, relative to the solution of
-  the implicit step that the residuum belongs to. So the error of the time discretisation does
-  not count, and zero is possible. It is measured from new initial conditions (Burgers), or
-  from states on the attractor (the others).
+- Each training takes the same number of seconds, without compilation: the time of one update is
+  measured first and gives the number of updates. So longer rollouts get fewer updates.
+- All use the same batch size, Adam with gradients clipped to norm 1, and a learning rate that
+  rises during the first twentieth of the updates and then falls to zero along a cosine. The
+  loss is the mean over the time levels.
+- All have the same states to learn from: a replay buffer that starts from initial conditions.
+  The final states of each rollout go back into it, so that even rollouts of one step get to the
+  attractor; diverged samples, and one in a hundred of the others, are replaced by new initial
+  conditions. Burgers has no attractor, so all its samples are replaced.
+- The error is the median over the test states, after a fixed time, relative to the solution of
+  the implicit step to which the residual belongs. So the error of the time discretisation does
+  not count, and zero is possible. The test starts from new initial conditions (Burgers) or from
+  states on the attractor (the other two).
 
-Some entries are the same program: a cut that no gradient would cross is none. They are trained
-once. `Cuts(next=True)` leaves no gradient to a rollout of one step.
+Some entries are the same program: a cut that no gradient would cross changes nothing. Each
+program is trained once. `Cuts(next=True)` leaves no gradient in a rollout of one step.
 
-Each training runs in a process that has a core for itself.
+Each training runs in a process with a core of its own.
 
     python benchmarks/which_cut.py             everything, about 25 minutes on two cores
     python benchmarks/which_cut.py --quick     a selection, in a minute
@@ -28,7 +29,6 @@ Each training runs in a process that has a core for itself.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import multiprocessing
@@ -36,7 +36,6 @@ import os
 import pathlib
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,16 +45,18 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
+import study  # makes the examples importable
 from tqdm import tqdm
 
-from residuum import Cuts, residuum_loss
 
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
+# isort: split
 import burgers
-import kuramoto_sivashinsky
 import lorenz
-from convolutions_on_cpu import canonical_convolutions
+import published_kuramoto_sivashinsky as kuramoto_sivashinsky
+from canonical_convolutions import canonical_convolutions
+from common import replay
+
+from residuum import Cuts, residuum_loss
 
 
 CUTS = {
@@ -75,10 +76,10 @@ def same_program(cut, num_rollout_steps):
     """The first of `CUTS` with the same gradient; None if that is zero."""
     if num_rollout_steps == 1:  # the initial condition has no gradient anyway
         return None if cut == "next" else "no cut"
-    if cut == "prev, bptt=1":  # the previous state is cut already, since it was handed on
+    if cut == "prev, bptt=1":  # the previous state is cut already
         return "bptt=1"
     if cut.startswith("bptt=") and CUTS[cut].bptt >= num_rollout_steps:
-        return "no cut"  # the last state is handed on to nobody
+        return "no cut"  # no step follows the last one
     return cut
 
 
@@ -94,31 +95,31 @@ class Problem(NamedTuple):
     test_states: Callable[..., jax.Array]  # the same
     learning_rate: float
     num_test_steps: int
-    judged_at: str
-    bound: float  # on |u|, beyond which a sample is lost
+    evaluated_at: str
+    bound: float  # on |u|, beyond which a sample has diverged
     apply: Callable[..., jax.Array] = lambda network, u: network(u)
-    pool_size: int = 512
+    buffer_size: int = 512
     batch_size: int = 8
-    anew: float = 0.01  # the share of samples that start anew
+    fresh_share: float = 0.01  # of the samples that go back into the replay buffer
 
 
 def on_attractor(solver, states):
-    """Where a thousand steps of a solver lead."""
+    """The states after a thousand steps of a solver."""
     step = jax.vmap(solver)
     return jax.lax.fori_loop(0, 1000, lambda _, u: step(u), states)
 
 
 PROBLEMS = {
     "Burgers": Problem(
-        network=lambda key: burgers.ConvNet(key=key),
+        network=burgers.Emulator,
         residuum_fn=burgers.crank_nicolson,
         initial_conditions=burgers.initial_conditions,
         test_states=burgers.initial_conditions,
         learning_rate=3e-3,
         num_test_steps=50,
-        judged_at="step 50",
-        pool_size=8,
-        anew=1.0,
+        evaluated_at="step 50",
+        buffer_size=8,
+        fresh_share=1.0,
         bound=10.0,
     ),
     "Kuramoto–Sivashinsky": Problem(
@@ -131,7 +132,7 @@ PROBLEMS = {
         ),
         learning_rate=5e-3,
         num_test_steps=50,
-        judged_at="t = 5",
+        evaluated_at="t = 5",
         bound=10.0,
     ),
     "Lorenz": Problem(
@@ -144,7 +145,7 @@ PROBLEMS = {
         ),
         learning_rate=3e-3,
         num_test_steps=55,
-        judged_at="t = 1.1, a Lyapunov time",
+        evaluated_at="t = 1.1, a Lyapunov time",
         batch_size=64,
         bound=75.0,
     ),
@@ -153,43 +154,36 @@ NUM_TEST = 64
 
 
 #
-# The training
+# Training
 #
 
 
 class State(NamedTuple):
     params: Any
     opt_state: Any
-    pool: jax.Array
+    buffer: jax.Array
 
 
 def make_training(problem, cuts, num_rollout_steps, key):
     """The initial `State`, and `update(state, i, num_updates) -> (state, loss)`."""
-    network_key, pool_key, updates_key = jax.random.split(key, 3)
+    network_key, buffer_key, updates_key = jax.random.split(key, 3)
     params, static = eqx.partition(problem.network(network_key), eqx.is_array)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
-    pool = problem.initial_conditions(problem.pool_size, pool_key)
-    new_axes = (1,) * (pool.ndim - 1)
+    options = dict(num_rollout_steps=num_rollout_steps, cuts=cuts, has_aux=True)
+    options |= dict(weights=jnp.full(num_rollout_steps, 1 / num_rollout_steps))
 
     @jax.jit
-    @canonical_convolutions  # without which they are slow in a loop on a CPU
+    @canonical_convolutions
     def update(state, i, num_updates):
-        params, opt_state, pool = state
+        params, opt_state, buffer = state
         keys = jax.random.split(jax.random.fold_in(updates_key, i), 3)
         batch = (problem.batch_size,)
-        chosen = jax.random.choice(keys[0], problem.pool_size, batch, replace=False)
+        samples = jax.random.choice(keys[0], problem.buffer_size, batch, replace=False)
 
         def loss_fn(params):
-            network = eqx.combine(params, static)
-            return residuum_loss(
-                functools.partial(problem.apply, network),
-                pool[chosen][:, None],
-                problem.residuum_fn,
-                num_rollout_steps=num_rollout_steps,
-                cuts=cuts,
-                weights=jnp.full(num_rollout_steps, 1 / num_rollout_steps),
-                has_aux=True,
-            )
+            stepper = functools.partial(problem.apply, eqx.combine(params, static))
+            data = buffer[samples][:, None]
+            return residuum_loss(stepper, data, problem.residuum_fn, **options)
 
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         direction, opt_state = optimizer.update(grads, opt_state)
@@ -198,20 +192,18 @@ def make_training(problem, cuts, num_rollout_steps, key):
         rate = problem.learning_rate * schedule
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
 
-        anew = jax.random.uniform(keys[1], (*batch, *new_axes)) < problem.anew
-        size = jnp.max(
-            jnp.abs(rollout.final_state), axis=tuple(range(1, pool.ndim)), keepdims=True
-        )
-        anew |= ~(size < problem.bound)  # also where not a number
-        states = problem.initial_conditions(problem.batch_size, keys[2])
-        states = jnp.where(anew, states, rollout.final_state)
-        return State(params, opt_state, pool.at[chosen].set(states)), loss
+        final = rollout.final_state
+        lost = ~(jnp.max(jnp.abs(final.reshape(*batch, -1)), axis=1) < problem.bound)  # or NaN
+        fresh = problem.initial_conditions(problem.batch_size, keys[2])
+        states = replay(final, fresh, lost=lost, share=problem.fresh_share, key=keys[1])
+        return State(params, opt_state, buffer.at[samples].set(states)), loss
 
-    return State(params, optimizer.init(params), pool), update
+    buffer = problem.initial_conditions(problem.buffer_size, buffer_key)
+    return State(params, optimizer.init(params), buffer), update
 
 
 def run(update, state, num_updates):
-    """Returns the state, the loss, and the seconds that took."""
+    """Returns the state, the loss, and the seconds that these updates took."""
     start = time.perf_counter()
     for i in range(num_updates):
         state, loss = update(state, i, num_updates)
@@ -220,7 +212,7 @@ def run(update, state, num_updates):
 
 
 def train(problem, cuts, num_rollout_steps, key, seconds):
-    """For about so many seconds. Returns the parameters, and what is to be told of it."""
+    """Trains for about so many seconds. Returns the parameters, and columns of the table."""
     state, update = make_training(problem, cuts, num_rollout_steps, key)
     run(update, state, 1)  # compiles
     block, elapsed = 1, 0.0
@@ -229,17 +221,17 @@ def train(problem, cuts, num_rollout_steps, key, seconds):
         *_, elapsed = run(update, state, block)
     num_updates = max(1, round(seconds * block / elapsed))
     state, loss, elapsed = run(update, state, num_updates)
-    told = dict(loss=float(loss), updates=num_updates, seconds=round(elapsed, 2))
-    return state.params, told
+    columns = dict(loss=float(loss), updates=num_updates, seconds=round(elapsed, 2))
+    return state.params, columns
 
 
 #
-# The judgement
+# Evaluation
 #
 
 
 @functools.cache
-def make_judge(name):
+def make_evaluation(name):
     """A function of the parameters: the error of the median test state."""
     problem = PROBLEMS[name]
     _, static = eqx.partition(problem.network(jax.random.key(0)), eqx.is_array)
@@ -253,12 +245,12 @@ def make_judge(name):
 
     @jax.jit
     @canonical_convolutions
-    def judge(params):
+    def evaluate(params):
         u = roll_out(functools.partial(problem.apply, eqx.combine(params, static)))
         norm = lambda u: jnp.linalg.norm(u.reshape(NUM_TEST, -1), axis=1)
         return jnp.median(norm(u - solution) / norm(solution))
 
-    return judge
+    return evaluate
 
 
 def solve_step(residuum_fn, u_prev):
@@ -272,15 +264,12 @@ def solve_step(residuum_fn, u_prev):
 
 
 #
-# All of it
+# All trainings
 #
-
-FIELDS = ["problem", "cut", "num_rollout_steps", "seed", "error", "loss", "updates", "seconds"]
-FIELDS += ["machine"]
 
 
 def select_cases(problems, steps, seeds, seconds):
-    """What `run_case` needs, for each program that is to be trained."""
+    """Arguments of `run_case`, for each program that is to be trained."""
     return [
         (name, cut, num_rollout_steps, seed, seconds)
         for seed, name, num_rollout_steps, cut in itertools.product(
@@ -291,13 +280,13 @@ def select_cases(problems, steps, seeds, seconds):
 
 
 def run_case(case):
-    """A row of the table."""
+    """A row of the CSV file."""
     name, cut, num_rollout_steps, seed, seconds = case
     key = jax.random.key(seed)
-    params, told = train(PROBLEMS[name], CUTS[cut], num_rollout_steps, key, seconds)
-    error = float(make_judge(name)(params))
-    row = dict(zip(FIELDS, (name, cut, num_rollout_steps, seed, error), strict=False))
-    return row | told | dict(machine=machine())
+    params, columns = train(PROBLEMS[name], CUTS[cut], num_rollout_steps, key, seconds)
+    row = dict(problem=name, cut=cut, num_rollout_steps=num_rollout_steps, seed=seed)
+    row |= dict(error=float(make_evaluation(name)(params)))
+    return row | columns | dict(machine=machine())
 
 
 def machine():
@@ -310,14 +299,14 @@ def machine():
 
 
 def start_worker(cores):
-    """Before JAX starts its threads, of which there are as many as cores."""
+    """Restricts a process to one core, before JAX starts a thread for each available one."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
     jax.config.update("jax_platforms", "cpu")
 
 
 def measure(cases, num_workers):
-    """Yields the rows as they come."""
+    """Yields the rows as they are finished."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -327,16 +316,12 @@ def measure(cases, num_workers):
         yield from pool.imap_unordered(run_case, cases)
 
 
-def read(path):
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
+DIVERGED = 10.0  # times the size of the solution
 
 
 def errors_of(rows, problem, cut, num_rollout_steps):
-    """Of all seeds, sorted; infinite where the emulator diverged. Of an entry that was not
-    trained, those of the same program."""
+    """Of all seeds, sorted; infinite if the emulator diverged. An entry that was not trained
+    has those of the same program."""
     trained = same_program(cut, num_rollout_steps)
     key = (problem, trained, str(num_rollout_steps))
     fields = ("problem", "cut", "num_rollout_steps")
@@ -344,14 +329,11 @@ def errors_of(rows, problem, cut, num_rollout_steps):
     return sorted(x if x < DIVERGED else float("inf") for x in errors)
 
 
-DIVERGED = 10.0  # times the size of the solution
-
-
 #
 # The table
 #
 
-ROWS = {  # of `CUTS`, and how they are called
+ROWS = {  # of the table: some of `CUTS`, and their names there
     "no cut": "`Cuts()`",
     "bptt=4": "`Cuts(bptt=4)`",
     "bptt=2": "`Cuts(bptt=2)`",
@@ -361,31 +343,30 @@ ROWS = {  # of `CUTS`, and how they are called
 }
 
 
-def print_table(rows):
-    steps = sorted({int(row["num_rollout_steps"]) for row in rows})
-    for problem in [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]:
-        header = " | ".join(f"T = {n}" if n == steps[0] else f"{n}" for n in steps)
-        print(f"| {problem} | {header} |\n| --- |" + " ---: |" * len(steps))
+def print_table(all_rows):
+    steps = sorted({int(row["num_rollout_steps"]) for row in all_rows})
+    for problem in PROBLEMS:
+        rows = [row for row in all_rows if row["problem"] == problem]
+        if not rows:
+            continue
         medians = {
             (cut, n): statistics.median(errors)
             for cut, n in itertools.product(ROWS, steps)
             if (errors := errors_of(rows, problem, cut, n))
         }
         best = min(medians.values())
-        for cut, title in ROWS.items():
-            cells = [write_error(medians.get((cut, n)), best) for n in steps]
-            print(f"| {title} | " + " | ".join(cells) + " |")
+        lines = [
+            [title, *(write_error(medians.get((cut, n)), best) for n in steps)]
+            for cut, title in ROWS.items()
+        ]
         updates = [
             statistics.median(
-                int(row["updates"])
-                for row in rows
-                if row["problem"] == problem and int(row["num_rollout_steps"]) == n
+                int(row["updates"]) for row in rows if int(row["num_rollout_steps"]) == n
             )
             for n in steps
         ]
-        print(
-            "| *updates* | " + " | ".join(f"{float(f'{x:.2g}'):.0f}" for x in updates) + " |\n"
-        )
+        lines.append(["*updates*", *(f"{float(f'{x:.2g}'):.0f}" for x in updates)])
+        print(study.markdown([problem, f"T = {steps[0]}", *steps[1:]], lines) + "\n")
 
 
 def write_error(error, best):
@@ -430,7 +411,7 @@ def draw(rows, path):
     axes[0, 0].set_ylabel("relative error", fontsize=9)
     labels = {"bptt=1": "bptt=1,\nprev or not"}
     figure.legend(
-        axes[0, 0].lines[::2],  # the others are markers of what diverged
+        axes[0, 0].lines[::2],  # every other one holds the markers of diverged entries
         [labels.get(cut, cut) for cut in STYLES],
         loc="outside right center",
         frameon=False,
@@ -441,7 +422,7 @@ def draw(rows, path):
 
 
 def draw_panel(axis, rows, name):
-    """Medians and range of the seeds; what diverged is a hollow marker at the upper edge."""
+    """Medians and range of the seeds; a hollow marker at the upper edge means diverged."""
     steps = sorted({int(row["num_rollout_steps"]) for row in rows if row["problem"] == name})
     finite = [float(row["error"]) for row in rows if row["problem"] == name]
     finite = [x for x in finite if x < DIVERGED]
@@ -454,7 +435,7 @@ def draw_panel(axis, rows, name):
         axis.plot(list(medians), line, markersize=5, zorder=3, **style)
         for n in medians:
             if same_program(cut, n) == cut:
-                x = n * 1.03 ** (i - len(STYLES) / 2)  # lest the bars hide each other
+                x = n * 1.03 ** (i - len(STYLES) / 2)  # so that no bar hides another
                 bounds = [min(y, top) for y in (errors[n][0], errors[n][-1])]
                 axis.vlines(x, *bounds, color=style["color"], alpha=0.5, zorder=2)
         lost = [n for n, y in medians.items() if y == float("inf")]
@@ -462,7 +443,7 @@ def draw_panel(axis, rows, name):
         marks |= dict(linestyle="", markerfacecolor="white", clip_on=False, zorder=4)
         axis.plot(lost, [top] * len(lost), in_layout=False, **marks)
     axis.set(xscale="log", yscale="log", xlabel="rollout steps T", ylim=(low, top))
-    axis.set_title(f"{name}, {PROBLEMS[name].judged_at}", fontsize=10)
+    axis.set_title(f"{name}, {PROBLEMS[name].evaluated_at}", fontsize=10)
     axis.set_xticks(steps, [str(n) for n in steps])
     ticks = [digit * 10.0**n for n in range(-7, 2) for digit in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
@@ -483,7 +464,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=8.0, help="of each training")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="Lorenz, two lengths, one seed")
-    parser.add_argument("--draw", action="store_true", help="the figure and the table alone")
+    parser.add_argument(
+        "--draw", action="store_true", help="figure and table from the CSV file"
+    )
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("benchmarks/which_cut.csv")
     )
@@ -494,18 +477,14 @@ def main():
     if args.quick:
         args.problems, args.seconds, steps, seeds = ("Lorenz",), 0.1, (1, 2), (0,)
 
+    rows = study.read_csv(args.output) if args.output.exists() else []
     if not args.draw:
-        kept = [row for row in read(args.output) if row["problem"] not in args.problems]
+        rows = [row for row in rows if row["problem"] not in args.problems]
         cases = select_cases(args.problems, steps, seeds, args.seconds)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
-            for row in tqdm(measure(cases, args.workers), total=len(cases)):
-                writer.writerow(row)
-                file.flush()
-    rows = read(args.output)
+        for row in tqdm(measure(cases, args.workers), total=len(cases)):
+            rows.append(row)
+            study.write_csv(args.output, rows)
+        rows = study.read_csv(args.output)
     print_table(rows)
     if args.figure or args.draw or not args.quick:
         draw(rows, figure)

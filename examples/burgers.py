@@ -1,19 +1,17 @@
-"""Trains convolutional emulators of the 1D viscous Burgers equation from initial
-conditions alone, and compares three ways to roll them out.
+"""Trains convolutional emulators of the 1D viscous Burgers equation from initial conditions
+alone, and compares three ways to roll them out.
 
     ∂u/∂t + ½ ∂(u²)/∂x = ν ∂²u/∂x²,   x in [0, 1) periodic
 
-The residuum is one implicit (Crank–Nicolson) time step. It says how wrong a pair of states
-is, so it replaces both the reference trajectories and the solver during training. The
-exponential time differencing solver of exponax is used only to judge the result.
+The residual is that of one implicit (Crank–Nicolson) time step. It says how far two
+consecutive states are from satisfying the discretised equation, so training needs neither
+reference trajectories nor a solver. The solver of exponax (exponential time differencing) is
+used only to evaluate the emulators.
 
     python examples/burgers.py             trains and writes assets/burgers.png
     python examples/burgers.py --quick     the same in seconds, to see that it runs
 """
 
-import argparse
-import pathlib
-import time
 from functools import partial
 
 import equinox as eqx
@@ -23,7 +21,17 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from tqdm import tqdm
+from common import (
+    ConvNet,
+    error_over_time,
+    parse_options,
+    plot_errors,
+    print_table,
+    rollout,
+    save_figure,
+    show,
+    train,
+)
 
 from residuum import Cuts, residuum_loss
 
@@ -77,141 +85,41 @@ def reference_solver():
 #
 
 
-class ConvNet(eqx.Module):
-    """Advances a state `[1, NUM_POINTS]` by adding what a periodic ConvNet makes of it."""
+class Emulator(eqx.Module):
+    """Advances a state `[1, NUM_POINTS]` by one time step: adds what a ConvNet makes of it."""
 
-    layers: list[eqx.nn.Conv1d]
+    network: ConvNet
 
-    def __init__(self, *, width=32, depth=4, kernel_size=5, key):
-        channels = [1] + [width] * depth + [1]
-        self.layers = [
-            eqx.nn.Conv1d(
-                c_in,
-                c_out,
-                kernel_size,
-                padding="SAME",
-                padding_mode="CIRCULAR",
-                key=layer_key,
-            )
-            for c_in, c_out, layer_key in zip(
-                channels[:-1],
-                channels[1:],
-                jax.random.split(key, depth + 1),
-                strict=True,
-            )
-        ]
+    def __init__(self, key):
+        self.network = ConvNet(1, (1, 32, 32, 32, 32, 1), kernel_sizes=5 * [5], key=key)
 
     def __call__(self, u):
-        hidden = u
-        for layer in self.layers[:-1]:
-            hidden = jax.nn.gelu(layer(hidden))
-        return u + self.layers[-1](hidden)
+        return u + self.network(u)
 
 
-def train(name, loss_fn, data, *, num_updates, key):
+def train_emulator(name, loss_fn, data, *, num_updates, key):
     """Trains a fresh emulator with Adam on batches of `data`, `[sample, num_snapshots, 1,
     NUM_POINTS]`; returns it and the seconds that took."""
     init_key, batch_key = jax.random.split(key)
-    stepper = ConvNet(key=init_key)
+    stepper = Emulator(init_key)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
     opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
 
     @eqx.filter_jit
-    def update(stepper, opt_state, data, key):
+    def update(carry, key):
+        stepper, opt_state = carry
         samples = jax.random.choice(key, NUM_TRAIN, (BATCH_SIZE,), replace=False)
         loss, grads = eqx.filter_value_and_grad(loss_fn)(stepper, data[samples])
         updates, opt_state = optimizer.update(grads, opt_state)
-        return eqx.apply_updates(stepper, updates), opt_state, loss
+        return (eqx.apply_updates(stepper, updates), opt_state), loss
 
-    start = time.perf_counter()
-    progress = tqdm(jax.random.split(batch_key, num_updates), desc=f"{name:>24}")
-    for i, update_key in enumerate(progress):
-        stepper, opt_state, loss = update(stepper, opt_state, data, update_key)
-        if i % 20 == 0 or i == num_updates - 1:
-            progress.set_postfix(loss=f"{loss:.1e}")
-    return stepper, time.perf_counter() - start
-
-
-#
-# The judgement
-#
-
-
-def rollout(stepper, initial_conditions):
-    """Trajectories `[batch, TEST_STEPS + 1, 1, NUM_POINTS]`."""
-    trajectory = ex.rollout(stepper, TEST_STEPS, include_init=True)
-    return jax.jit(jax.vmap(trajectory))(initial_conditions)
-
-
-def error_over_time(trajectories, reference):
-    """nRMSE `[time]`: ‖u − reference‖ / ‖reference‖, mean over samples."""
-    difference = jnp.linalg.norm(trajectories - reference, axis=(-2, -1))
-    return jnp.mean(difference / jnp.linalg.norm(reference, axis=(-2, -1)), axis=0)
-
-
-def print_table(errors, seconds):
-    steps = "".join(f"{f'step {step}':>10}" for step in REPORT_STEPS)
-    print(f"\n{'nRMSE after':<24}{steps}{'trained in':>14}")
-    for name, error in errors.items():
-        row = "".join(f"{error[step]:>10.4f}" for step in REPORT_STEPS)
-        trained_in = f"{seconds[name]:.0f} s" if name in seconds else ""
-        print(f"{name:<24}{row}{trained_in:>14}")
-
-
-def save_figure(path, reference, emulated, name, errors):
-    """Space–time pictures of one test sample, and the error of all models over time."""
-    figure, axes = plt.subplots(
-        1, 3, figsize=(11, 3.4), width_ratios=(1, 1, 1.4), layout="constrained"
-    )
-    end = TEST_STEPS * DT
-    limit = float(jnp.max(jnp.abs(reference)))
-    pictures = {"reference solver": reference, f"emulator, {name}": emulated}
-    for axis, (title, u) in zip(axes, pictures.items(), strict=False):
-        axis.imshow(
-            u[:, 0].T,
-            extent=(0, end, 0, DOMAIN_EXTENT),
-            vmin=-limit,
-            vmax=limit,
-            cmap="RdBu_r",
-            aspect="auto",
-            origin="lower",
-        )
-        axis.set(title=title, xlabel="time t", ylabel="position x")
-    figure.colorbar(axes[1].images[0], ax=axes[1], label="u")
-
-    styles = zip(
-        ("#777777", "#D55E00", "#0072B2", "#009E73"),  # Okabe and Ito, colour-blind safe
-        (":", "-.", "--", "-"),
-        errors.items(),
-        strict=True,
-    )
-    for color, line, (label, error) in styles:
-        time_axis = DT * jnp.arange(1, TEST_STEPS + 1)
-        axes[2].semilogy(time_axis, error[1:], line, color=color, label=label)
-    axes[2].set(title="unseen initial conditions", xlabel="time t", ylabel="nRMSE")
-    axes[2].grid(alpha=0.3)
-    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    keys = jax.random.split(batch_key, num_updates)
+    (stepper, _), seconds = train(update, (stepper, opt_state), keys, name)
+    return stepper, seconds
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=1500, help="updates of each model")
-    parser.add_argument(
-        "--rollout-steps",
-        type=int,
-        default=5,
-        help="steps of the rollout model; the truncated model goes twice as far",
-    )
-    parser.add_argument("--output", type=pathlib.Path, default="assets/burgers.png")
-    parser.add_argument("--quick", action="store_true", help="20 updates of each model")
-    args = parser.parse_args()
-    num_updates = 20 if args.quick else args.updates
-
+    args = parse_options(__doc__, "assets/burgers.png", updates=(1500, 20), rollout_steps=5)
     train_key, test_key, model_key = jax.random.split(jax.random.key(args.seed), 3)
     train_set = initial_conditions(NUM_TRAIN, train_key)
     test_set = initial_conditions(NUM_TEST, test_key)
@@ -224,20 +132,34 @@ def main():
             num_rollout_steps=2 * steps, cuts=Cuts(bptt=steps)
         ),
     }
-    trajectories, seconds = {"persistence": rollout(lambda u: u, test_set)}, {}
+    trajectories, seconds = {"persistence": rollout(lambda u: u, test_set, TEST_STEPS)}, {}
     for name, options in models.items():
         loss_fn = partial(residuum_loss, residuum_fn=crank_nicolson, unroll=True, **options)
         data = train_set[:, None]  # with the one snapshot that is needed
-        stepper, seconds[name] = train(
-            name, loss_fn, data, num_updates=num_updates, key=model_key
+        stepper, seconds[name] = train_emulator(
+            name, loss_fn, data, num_updates=args.updates, key=model_key
         )
-        trajectories[name] = rollout(stepper, test_set)
+        trajectories[name] = rollout(stepper, test_set, TEST_STEPS)
 
-    reference = rollout(reference_solver(), test_set)
+    reference = rollout(reference_solver(), test_set, TEST_STEPS)
     errors = {name: error_over_time(u, reference) for name, u in trajectories.items()}
-    print_table(errors, seconds)
-    save_figure(args.output, reference[0], trajectories[name][0], name, errors)
-    print(f"\nFigure: {args.output}")
+    rows = {name: [f"{error[n]:.4f}" for n in REPORT_STEPS] for name, error in errors.items()}
+    for name in models:
+        rows[name].append(f"{seconds[name]:.0f} s")
+    print_table("nRMSE after", [*(f"step {n}" for n in REPORT_STEPS), "trained in"], rows)
+
+    figure, axes = plt.subplots(
+        1, 3, figsize=(11, 3.4), width_ratios=(1, 1, 1.4), layout="constrained"
+    )
+    pictures = {"reference solver": reference, f"emulator, {name}": trajectories[name]}
+    for axis, (title, u) in zip(axes, pictures.items(), strict=False):
+        extent, limit = (TEST_STEPS * DT, DOMAIN_EXTENT), jnp.max(jnp.abs(reference[0]))
+        image = show(axis, title, u[0, :, 0], extent, vmin=-limit, vmax=limit)
+        axis.set(xlabel="time t", ylabel="position x")
+    figure.colorbar(image, ax=axes[1], label="u")
+    plot_errors(axes[2], DT, errors)
+    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    save_figure(args.output, figure)
 
 
 if __name__ == "__main__":

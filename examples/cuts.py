@@ -1,10 +1,10 @@
 """Draws what each cut does to the gradients of a rollout.
 
-A rollout is a chain of states uₜ, made by the stepper f, with a residuum r between each two
-of them. Values flow along the solid arrows, gradients back along the dashed ones, and scissors
-are where a cut stops them. Which dashed arrows there are is not drawn from memory: the
-program asks `residuum_loss`. It gives f and r separate copies of each state, and a gradient
-flows along an edge of the graph if the loss feels a perturbation of that copy.
+A rollout is a chain of states uₜ, made by the stepper f, with a residual r between consecutive
+states. Values flow along the solid arrows, gradients flow back along the dashed arrows, and
+scissors mark where a cut stops them. The program finds the dashed arrows by asking
+`residuum_loss`: it gives f and r separate copies of each state, and a gradient flows along an
+edge of the graph if the loss depends on a perturbation of that copy.
 
     python examples/cuts.py     writes assets/cuts_*.svg
 """

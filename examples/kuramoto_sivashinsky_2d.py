@@ -1,21 +1,16 @@
-"""Trains an emulator of the 2D Kuramoto–Sivashinsky equation, which is chaotic and stiff.
+"""Trains an emulator of the 2D Kuramoto–Sivashinsky equation on long rollouts in little memory.
 
     ∂u/∂t + ½|∇u|² + ∇²u + ∂⁴u/∂x⁴ + ∂⁴u/∂y⁴ = 0,   (x, y) periodic
 
-That is the form that exponax solves; others have the biharmonic operator in it. Training it
-takes what a larger problem takes. A long rollout, whose truncation (`Cuts(bptt=k)`) and
-rematerialisation (`checkpoint=True`) keep the memory small: a table shows it with and without.
-A preconditioned residuum: fourth derivatives would otherwise drown everything else, see
-conditioning.py; in Fourier space, the linear part of the equation is easily inverted. And no
-data: training goes on from the last states of the rollout (`Rollout.final_state`), with new
-random ones now and then.
+This is the form that exponax solves; others use the biharmonic operator. A table shows the
+memory of a gradient, with and without truncated backpropagation through time (`Cuts(bptt=k)`)
+and rematerialisation (`checkpoint=True`). The residual is preconditioned, because its fourth
+derivatives would drown everything else: the linear part of a step is inverted in Fourier
+space. Without any data, training continues from the final states of the previous rollout.
 
     python examples/kuramoto_sivashinsky_2d.py             trains and writes the figure
     python examples/kuramoto_sivashinsky_2d.py --quick     in seconds, to see that it runs
 """
-
-import argparse
-import pathlib
 
 import equinox as eqx
 import exponax as ex
@@ -24,17 +19,26 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from convolutions_on_cpu import canonical_convolutions
-from tqdm import tqdm
+from canonical_convolutions import canonical_convolutions
+from common import (
+    ConvNet,
+    error_over_time,
+    parse_options,
+    plot_errors,
+    print_table,
+    replay,
+    rollout,
+    save_figure,
+    show,
+    train,
+)
 
 from residuum import Cuts, residuum_loss
 
 
-NUM_POINTS = 32
-DOMAIN_EXTENT = 30.0
-DT = 0.1
-BATCH_SIZE = 8
-NUM_TEST, TRANSIENT_STEPS, TEST_STEPS = 8, 500, 500
+NUM_POINTS, DOMAIN_EXTENT, DT = 32, 30.0, 0.1
+BATCH_SIZE, NUM_TEST, TRANSIENT_STEPS = 8, 8, 500
+REPORT_STEPS = (1, 10, 50, 100)
 
 
 #
@@ -56,46 +60,16 @@ def time_derivative(u):
 
 
 def preconditioned_crank_nicolson(u_next, u_prev):
-    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`; to first
-    order the error of `u_next`, since the linear part of the step is inverted."""
+    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. To first
+    order, this is the error of `u_next`, since the linear part of the step is inverted."""
     slope = (time_derivative(u_next) + time_derivative(u_prev)) / 2
-    residuum = jnp.fft.rfft2(u_next - u_prev) - DT * slope
-    return jnp.fft.irfft2(residuum / (1 - DT / 2 * LINEAR))
+    residual = jnp.fft.rfft2(u_next - u_prev) - DT * slope
+    return jnp.fft.irfft2(residual / (1 - DT / 2 * LINEAR))
 
 
-#
-# The emulator
-#
-
-
-class ConvNet(eqx.Module):
-    """Advances a state `[1, NUM_POINTS, NUM_POINTS]`, whatever its mean."""
-
-    layers: list[eqx.nn.Conv2d]
-
-    def __init__(self, *, width=16, dilations=(1, 2, 2, 1), key):
-        channels = [1] + [width] * (len(dilations) - 1) + [1]
-        keys = jax.random.split(key, len(dilations))
-        layers = [
-            eqx.nn.Conv2d(
-                *(c_in, c_out, 3),
-                dilation=dilation,
-                padding="SAME",
-                padding_mode="CIRCULAR",
-                key=layer_key,
-            )
-            for c_in, c_out, dilation, layer_key in zip(
-                channels, channels[1:], dilations, keys, strict=False
-            )
-        ]
-        # Equinox's weights have a third of the variance 1 / fan_in, and train more slowly.
-        self.layers = jax.tree.map(lambda x: 3**0.5 * x, layers)
-
-    def __call__(self, u):
-        hidden = (u - jnp.mean(u)) / 4
-        for layer in self.layers[:-1]:
-            hidden = jax.nn.gelu(layer(hidden))
-        return u + self.layers[-1](hidden)
+def residual_loss(stepper, states, **options):
+    data = states[:, None]  # [batch, num_snapshots, 1, NUM_POINTS, NUM_POINTS]
+    return residuum_loss(stepper, data, preconditioned_crank_nicolson, **options)
 
 
 def random_states(key, num_samples):
@@ -106,159 +80,119 @@ def random_states(key, num_samples):
     return 4 * waves / jnp.std(waves, axis=(1, 2, 3), keepdims=True)
 
 
-def make_loss(stepper, data, options):
-    return residuum_loss(stepper, data, preconditioned_crank_nicolson, **options)
+def without_mean(u):
+    """The mean in space drifts, and nothing else depends on it."""
+    return u - jnp.mean(u, axis=(-3, -2, -1), keepdims=True)
 
 
-def train(stepper, options, *, num_updates, key):
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adam(optax.cosine_decay_schedule(3e-3, num_updates)),
-    )
+#
+# The emulator
+#
+
+
+class Emulator(eqx.Module):
+    """Advances a state `[1, NUM_POINTS, NUM_POINTS]`, whatever its mean."""
+
+    network: ConvNet
+
+    def __init__(self, key):
+        options = dict(kernel_sizes=4 * [3], dilations=(1, 2, 2, 1), gain=3**0.5, key=key)
+        self.network = ConvNet(2, (1, 16, 16, 16, 1), **options)
+
+    def __call__(self, u):
+        return u + self.network(without_mean(u) / 4)
+
+
+def train_emulator(stepper, *, num_updates, key, **options):
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
     opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
     states_key, updates_key = jax.random.split(key)
-    states = random_states(states_key, BATCH_SIZE)
 
     @eqx.filter_jit
-    @canonical_convolutions  # without which they are slow in a loop on a CPU
-    def update(stepper, opt_state, states, key):
-        loss_fn = lambda stepper: make_loss(stepper, states[:, None], options)
-        (loss, rollout), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(stepper)
+    @canonical_convolutions
+    def update(carry, key):
+        stepper, opt_state, states = carry
+        gradient = eqx.filter_value_and_grad(residual_loss, has_aux=True)
+        (loss, aux), grads = gradient(stepper, states, has_aux=True, **options)
         updates, opt_state = optimizer.update(grads, opt_state)
         stepper = eqx.apply_updates(stepper, updates)
+        states = without_mean(aux.final_state)
+        size = jnp.std(states, axis=(1, 2, 3))
+        lost = ~((size > 0.5) & (size < 10))  # NaN, too
+        choice_key, fresh_key = jax.random.split(key)
+        fresh = random_states(fresh_key, BATCH_SIZE)
+        states = replay(states, fresh, lost=lost, share=0.05, key=choice_key)
+        return (stepper, opt_state, states), loss
 
-        choice_key, anew_key = jax.random.split(key)
-        u = rollout.final_state
-        u -= jnp.mean(u, axis=(1, 2, 3), keepdims=True)
-        size = jnp.std(u, axis=(1, 2, 3), keepdims=True)
-        anew = jax.random.uniform(choice_key, size.shape) < 0.05
-        anew |= ~((size > 0.5) & (size < 10))  # also where not a number
-        states = jnp.where(anew, random_states(anew_key, BATCH_SIZE), u)
-        return stepper, opt_state, states, loss
-
-    progress = tqdm(jax.random.split(updates_key, num_updates))
-    for i, update_key in enumerate(progress):
-        stepper, opt_state, states, loss = update(stepper, opt_state, states, update_key)
-        if i % 20 == 0 or i == num_updates - 1:
-            progress.set_postfix(loss=f"{loss:.1e}")
+    carry = stepper, opt_state, random_states(states_key, BATCH_SIZE)
+    (stepper, _, _), _ = train(update, carry, jax.random.split(updates_key, num_updates))
     return stepper
 
 
 #
-# The judgement
+# Evaluation
 #
 
 
 def memory(stepper, **options):
-    """Megabytes of temporary memory that one gradient takes."""
-    data = random_states(jax.random.key(0), BATCH_SIZE)[:, None]
+    """Temporary memory that one gradient takes, in bytes."""
+    states = random_states(jax.random.key(0), BATCH_SIZE)
     params, static = eqx.partition(stepper, eqx.is_array)
-    loss_fn = lambda params: make_loss(eqx.combine(params, static), data, options)
-    program = jax.jit(canonical_convolutions(jax.grad(loss_fn)))
-    analysis = program.lower(params).compile().memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes / 1e6
+    loss = lambda params: residual_loss(eqx.combine(params, static), states, **options)
+    program = jax.jit(canonical_convolutions(jax.grad(loss))).lower(params).compile()
+    return program.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
 
 
-def print_memory(stepper, k, lengths, *, quick):
-    """With and without truncation and rematerialisation, by rollout length. If it has to be
-    quick only with both, since each entry is a program to compile."""
-    columns = "".join(f"{f'{n} steps':>12}" for n in lengths)
-    print(f"\n{'memory of one gradient':<32}{columns}")
-    cases = [(Cuts(), False), (Cuts(), True), (Cuts(bptt=k), False), (Cuts(bptt=k), True)]
-    for cuts, checkpoint in cases[-1:] if quick else cases:
-        options = dict(cuts=cuts, checkpoint=checkpoint)
-        row = [memory(stepper, num_rollout_steps=n, **options) for n in lengths]
-        name = f"bptt={cuts.bptt}, checkpoint={checkpoint}"
-        print(f"{name:<32}" + "".join(f"{megabytes:>9.1f} MB" for megabytes in row))
-
-
-def rollout(stepper, states, num_steps):
-    """Trajectories `[batch, num_steps + 1, 1, NUM_POINTS, NUM_POINTS]`, without the mean."""
-    trajectory = ex.rollout(stepper, num_steps, include_init=True)
-    u = jax.jit(canonical_convolutions(jax.vmap(trajectory)))(states)
-    return u - jnp.mean(u, axis=(-2, -1), keepdims=True)
-
-
-def error_over_time(u, reference):
-    """nRMSE `[time]`: ‖u - reference‖ / ‖reference‖, mean over samples."""
-    difference, size = (
-        jnp.linalg.norm(v[:, :, 0], axis=(-2, -1)) for v in (u - reference, reference)
-    )
-    return jnp.mean(difference / size, axis=0)
-
-
-def spectrum(u):
-    """Mean energy of all waves of about the same length, `[wavenumber]`."""
-    energy = jnp.mean(jnp.abs(jnp.fft.rfft2(u)) ** 2, axis=(0, 1, 2)) / NUM_POINTS**4
-    index = np.rint(np.sqrt(K_SQUARED) * DOMAIN_EXTENT / (2 * np.pi)).astype(int)
-    return np.bincount(index.ravel(), np.asarray(energy).ravel())[1 : NUM_POINTS // 2]
-
-
-def save_figure(path, reference, emulated):
+def plot(trajectories, errors):
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.3), layout="constrained")
-    limit = float(jnp.max(jnp.abs(jnp.stack([reference[0, -1], emulated[0, -1]]))))
-    extent = (0, DOMAIN_EXTENT, 0, DOMAIN_EXTENT)
-    style = dict(vmin=-limit, vmax=limit, cmap="RdBu_r", extent=extent, origin="lower")
-    for axis, name, u in zip(axes, ("solver", "emulator"), (reference, emulated), strict=False):
-        axis.imshow(u[0, -1, 0].T, **style)
-        axis.set(title=f"{name}, t = {DT * TEST_STEPS:.0f}", xlabel="x", ylabel="y")
-    figure.colorbar(axes[1].images[0], ax=axes[1], label="u")
-    error = error_over_time(emulated, reference)
-    axes[2].semilogy(DT * np.arange(1, len(error)), error[1:], color="#D55E00")
-    axes[2].set(title="error on the attractor", xlabel="time t", ylabel="nRMSE")
-    axes[2].grid(alpha=0.3)
-    for name, u, color, line in (
-        ("solver", reference, "#0072B2", "-"),
-        ("emulator", emulated, "#D55E00", "--"),
-    ):
-        energy = spectrum(u[:, u.shape[1] // 2 :])
-        wavenumbers = 2 * np.pi / DOMAIN_EXTENT * np.arange(1, len(energy) + 1)
-        axes[3].semilogy(wavenumbers, energy, line, color=color, label=name)
-    axes[3].set(title="spectrum", xlabel="wavenumber", ylabel="energy", ylim=(1e-7, 10))
+    limit = max(jnp.max(jnp.abs(u[0, -1])) for u in trajectories.values())
+    spectra = {}
+    for axis, (name, u) in zip(axes, trajectories.items(), strict=False):
+        title, extent = f"{name}, t = {DT * (u.shape[1] - 1):.0f}", (DOMAIN_EXTENT,) * 2
+        image = show(axis, title, u[0, -1, 0], extent, vmin=-limit, vmax=limit)
+        axis.set(xlabel="x", ylabel="y", aspect="equal")
+        energy = jax.jit(jax.vmap(jax.vmap(ex.get_spectrum)))(u[:, u.shape[1] // 2 :])
+        spectra[name] = jnp.mean(energy, axis=(0, 1, 2))[: NUM_POINTS // 2]
+    figure.colorbar(image, ax=axes[1], label="u")
+    plot_errors(axes[2], DT, errors, "error on the attractor")
+    plot_errors(axes[3], 2 * np.pi / DOMAIN_EXTENT, spectra, "spectrum")
+    axes[3].set(xlabel="wavenumber", ylabel="energy", ylim=(1e-7, 10))
+    axes[2].legend(loc="lower right")
     axes[3].legend(loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=1200)
-    parser.add_argument("--rollout-steps", type=int, default=10)
-    parser.add_argument("--bptt", type=int, default=2, help="steps that gradients cross")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default="assets/kuramoto_sivashinsky_2d.png"
-    )
-    parser.add_argument("--quick", action="store_true", help="10 updates")
-    args = parser.parse_args()
-
+    defaults = dict(updates=(1200, 10), rollout_steps=10, bptt=2, test_steps=(500, 100))
+    args = parse_options(__doc__, "assets/kuramoto_sivashinsky_2d.png", **defaults)
     model_key, train_key, test_key = jax.random.split(jax.random.key(args.seed), 3)
-    stepper = ConvNet(key=model_key)
-    lengths = (args.rollout_steps,) if args.quick else (args.rollout_steps, 100)
-    print_memory(stepper, args.bptt, lengths, quick=args.quick)
-    options = dict(
-        num_rollout_steps=args.rollout_steps,
-        cuts=Cuts(bptt=args.bptt),
-        checkpoint=True,
-        has_aux=True,
-    )
-    num_updates = 10 if args.quick else args.updates
-    stepper = train(stepper, options, num_updates=num_updates, key=train_key)
+    stepper = Emulator(model_key)
+    steps, k, rows = args.rollout_steps, args.bptt, {}
+    lengths, cases = [steps, 100], [(False, False), (False, True), (k, False), (k, True)]
+    if args.quick:  # one program to compile rather than eight
+        lengths, cases = lengths[:1], cases[-1:]
+    for bptt, checkpoint in cases:
+        options = dict(cuts=Cuts(bptt=bptt), checkpoint=checkpoint)
+        megabytes = [memory(stepper, num_rollout_steps=n, **options) / 1e6 for n in lengths]
+        rows[f"bptt={bptt}, checkpoint={checkpoint}"] = [f"{x:.1f} MB" for x in megabytes]
+    print_table("memory of one gradient", [f"{n} steps" for n in lengths], rows)
 
-    # The solver is explicit where the equation is nonlinear, and needs shorter steps.
+    options = dict(num_rollout_steps=steps, cuts=Cuts(bptt=k), checkpoint=True)
+    stepper = train_emulator(stepper, num_updates=args.updates, key=train_key, **options)
+
+    # The solver is explicit where the equation is nonlinear, so it needs two substeps.
     substep = ex.stepper.KuramotoSivashinsky(2, DOMAIN_EXTENT, NUM_POINTS, DT / 2)
     solver = ex.RepeatedStepper(substep, 2)
-    start = rollout(solver, random_states(test_key, NUM_TEST), TRANSIENT_STEPS)[:, -1]
-    reference, emulated = (rollout(s, start, TEST_STEPS) for s in (solver, stepper))
-    error = error_over_time(emulated, reference)
-    print(f"\n{'nRMSE after':<16}" + "".join(f"{f'step {n}':>10}" for n in (1, 10, 50, 100)))
-    print(f"{'emulator':<16}" + "".join(f"{error[n]:>10.4f}" for n in (1, 10, 50, 100)))
-    print(f"{'std u':<16}{jnp.std(reference):>10.2f} solver{jnp.std(emulated):>10.2f} emulator")
-    save_figure(args.output, reference, emulated)
-    print(f"\nFigure: {args.output}")
+    simulate = lambda step, u, num_steps: without_mean(rollout(step, u, num_steps))
+    start = simulate(solver, random_states(test_key, NUM_TEST), TRANSIENT_STEPS)[:, -1]
+    reference, emulated = (simulate(s, start, args.test_steps) for s in (solver, stepper))
+    trajectories = {"persistence": reference[:, :1], "emulator": emulated}
+    errors = {name: error_over_time(u, reference) for name, u in trajectories.items()}
+    rows = {name: [f"{error[n]:.4f}" for n in REPORT_STEPS] for name, error in errors.items()}
+    print_table("nRMSE after", [f"step {n}" for n in REPORT_STEPS], rows)
+    print(f"\nstd u: solver {jnp.std(reference):.2f}, emulator {jnp.std(emulated):.2f}")
+    save_figure(args.output, plot({"solver": reference, "emulator": emulated}, errors))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,27 @@
-"""Trains an emulator of the Lorenz system, an ODE with a strange attractor, in plain JAX.
+"""Trains an emulator of the Lorenz system, a chaotic ODE, in plain JAX and without any data.
 
     dx/dt = σ(y - x),   dy/dt = x(ρ - z) - y,   dz/dt = xy - βz
 
-The network is a dictionary of parameters and a function. Its residuum is the implicit
-midpoint rule. There is no data at all: training begins with random states, and each update
-goes on from where the last one left its states (`Rollout.final_state`), so that they find the
-attractor by themselves. That needs `Cuts(bptt=True)`: with gradients through the steps, the
-emulator learns to steer into a fixed point of the equation, where the residuum is zero
-without effort (`--no-cut` shows it). Chaos forbids to compare trajectories for long; what is
-compared with a Runge-Kutta solver is the attractor, its moments and its Lyapunov exponent.
+The network is a dictionary of parameters and a function. The residual is that of the implicit
+midpoint rule. Training starts from random states, and every update continues from the final
+states of the previous one (`Rollout.final_state`), so the states settle on the attractor.
+This needs truncated backpropagation through time, `Cuts(bptt=True)`. If gradients cross the
+steps, the emulator learns to run into a fixed point of the equation, where the residual is
+zero (`--no-cut` shows it).
+
+Chaotic trajectories cannot be compared for long. The example instead compares the attractor of
+the emulator with that of a Runge–Kutta solver: its moments and its Lyapunov exponent.
 
     python examples/lorenz.py             trains and writes assets/lorenz.png
     python examples/lorenz.py --quick     the same in seconds, to see that it runs
 """
-
-import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from tqdm import tqdm
+from common import COLORS, parse_options, print_table, replay, save_figure, train
 
 from residuum import Cuts, residuum_loss
 
@@ -49,7 +48,7 @@ def implicit_midpoint(u_next, u_prev):
 
 
 def runge_kutta(u, num_substeps=4):
-    """The reference: classical Runge-Kutta, `num_substeps` for each time step."""
+    """The reference solver: one time step, as `num_substeps` of classical Runge–Kutta."""
     dt = DT / num_substeps
     for _ in range(num_substeps):
         k1 = time_derivative(u)
@@ -58,6 +57,10 @@ def runge_kutta(u, num_substeps=4):
         k4 = time_derivative(u + dt * k3)
         u = u + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return u
+
+
+def random_states(key, num_samples):
+    return CENTER + EXTENT * jax.random.normal(key, (num_samples, 3))
 
 
 #
@@ -86,50 +89,45 @@ def emulate(params, u):
     return u + last["weight"] @ hidden + last["bias"]
 
 
-def random_states(key, num_samples):
-    return CENTER + EXTENT * jax.random.normal(key, (num_samples, 3))
-
-
-def train(*, num_updates, num_rollout_steps, cuts, key):
-    params_key, states_key, restart_key = jax.random.split(key, 3)
+def train_emulator(*, num_updates, num_rollout_steps, cuts, key):
+    params_key, states_key, updates_key = jax.random.split(key, 3)
     params = init_params(params_key)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
-    opt_state = optimizer.init(params)
+    options = dict(num_rollout_steps=num_rollout_steps, cuts=cuts, has_aux=True)
 
     @jax.jit
-    def update(params, opt_state, states, key):
+    def update(carry, key):
+        params, opt_state, states = carry
+
         def loss_fn(params):
             stepper = lambda u: emulate(params, u)
             data = states[:, None]  # [batch, num_snapshots, 3]
-            options = dict(num_rollout_steps=num_rollout_steps, cuts=cuts)
-            return residuum_loss(stepper, data, implicit_midpoint, has_aux=True, **options)
+            return residuum_loss(stepper, data, implicit_midpoint, **options)
 
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state)
-        # Go on from the last states; anew where they left the region of interest, and for one
-        # sample in a hundred, lest the emulator forgets how to come back to the attractor.
-        anew_key, choice_key = jax.random.split(key)
-        anew = jax.random.uniform(choice_key, (BATCH_SIZE, 1)) < 0.01
-        escaped = jnp.abs((rollout.final_state - CENTER) / EXTENT) > 5
-        anew |= escaped.any(axis=1, keepdims=True)
-        states = jnp.where(anew, random_states(anew_key, BATCH_SIZE), rollout.final_state)
-        return optax.apply_updates(params, updates), opt_state, states, loss
+        params = optax.apply_updates(params, updates)
 
-    states = random_states(states_key, BATCH_SIZE)
-    progress = tqdm(jax.random.split(restart_key, num_updates))
-    for i, update_key in enumerate(progress):
-        params, opt_state, states, loss = update(params, opt_state, states, update_key)
-        if i % 100 == 0 or i == num_updates - 1:
-            progress.set_postfix(loss=f"{loss:.1e}")
+        # Restart the states that left the region of interest, and 1 % of the others: the
+        # emulator has to remember the way from anywhere to the attractor.
+        states = rollout.final_state
+        escaped = jnp.any(jnp.abs((states - CENTER) / EXTENT) > 5, axis=1)
+        fresh_key, choice_key = jax.random.split(key)
+        fresh = random_states(fresh_key, BATCH_SIZE)
+        states = replay(states, fresh, lost=escaped, share=0.01, key=choice_key)
+        return (params, opt_state, states), loss
+
+    carry = params, optimizer.init(params), random_states(states_key, BATCH_SIZE)
+    (params, _, _), _ = train(update, carry, jax.random.split(updates_key, num_updates))
     return params
 
 
 #
-# The judgement
+# Evaluation
 #
 
 
-def trajectory(stepper, num_steps, num_transient=1000):
+def attractor(stepper, num_steps, num_transient=1000):
     """States `[num_steps, 3]` on the attractor, and the largest Lyapunov exponent there: the
     mean rate at which a small perturbation grows, per unit of time."""
 
@@ -144,18 +142,10 @@ def trajectory(stepper, num_steps, num_transient=1000):
     return np.asarray(states[num_transient:]), float(jnp.mean(rates[num_transient:]))
 
 
-def print_table(results):
-    print(f"\n{'':<16}{'mean z':>10}{'std x':>10}{'std z':>10}{'Lyapunov exponent':>20}")
-    for name, (states, exponent) in results.items():
-        moments = (states[:, 2].mean(), states[:, 0].std(), states[:, 2].std())
-        row = "".join(f"{moment:>10.2f}" for moment in moments)
-        print(f"{name:<16}{row}{exponent:>20.3f}")
-
-
-def save_figure(path, results):
-    """The attractors, and how often each height z is visited."""
+def plot(results):
+    """Draws the attractors, and how often each height z is visited."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    styles = zip(("#0072B2", "#D55E00"), ("-", "--"), results.items(), strict=True)
+    styles = zip((COLORS[2], COLORS[1]), ("-", "--"), results.items(), strict=True)
     for axis, (color, line, (name, (states, exponent))) in zip(axes, styles, strict=False):
         axis.plot(*states[:3000, [0, 2]].T, color=color, linewidth=0.5)
         axis.set(title=name, xlabel="x", ylabel="z", xlim=(-22, 22), ylim=(0, 52))
@@ -165,36 +155,28 @@ def save_figure(path, results):
         axes[2].plot((bins[1:] + bins[:-1]) / 2, density, line, color=color, label=label)
     axes[2].set(title="visits", xlabel="z", ylabel="density", ylim=(0, 0.075))
     axes[2].legend(loc="upper left", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=8000)
-    parser.add_argument("--rollout-steps", type=int, default=8)
-    parser.add_argument("--no-cut", action="store_true", help="see above")
-    parser.add_argument("--output", type=pathlib.Path, default="assets/lorenz.png")
-    parser.add_argument("--quick", action="store_true", help="50 updates")
-    args = parser.parse_args()
-
-    params = train(
-        num_updates=50 if args.quick else args.updates,
+    defaults = dict(updates=(8000, 50), rollout_steps=8, test_steps=(100_000, 1000), cut=True)
+    args = parse_options(__doc__, "assets/lorenz.png", **defaults)
+    params = train_emulator(
+        num_updates=args.updates,
         num_rollout_steps=args.rollout_steps,
-        cuts=Cuts(bptt=not args.no_cut),
+        cuts=Cuts(bptt=args.cut),
         key=jax.random.key(args.seed),
     )
-    num_steps = 1000 if args.quick else 100_000
     results = {
-        "Runge-Kutta": trajectory(runge_kutta, num_steps),
-        "emulator": trajectory(lambda u: emulate(params, u), num_steps),
+        "Runge–Kutta": attractor(runge_kutta, args.test_steps),
+        "emulator": attractor(lambda u: emulate(params, u), args.test_steps),
     }
-    print_table(results)
-    save_figure(args.output, results)
-    print(f"\nFigure: {args.output}")
+    rows = {}
+    for name, (states, exponent) in results.items():
+        moments = states[:, 2].mean(), states[:, 0].std(), states[:, 2].std()
+        rows[name] = [*(f"{moment:.2f}" for moment in moments), f"{exponent:.3f}"]
+    print_table("on the attractor", ["mean z", "std x", "std z", "Lyapunov"], rows)
+    save_figure(args.output, plot(results))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainax
-from common import network_problem, primitives
 
 from residuum import Cuts, mse, residuum_loss
 from test_residuum import also_slow, evaluate, FLAGS, problem
+from tests.common import network_problem, primitives
 
 
 def program(num_rollout_steps, transform=jax.value_and_grad, **options):

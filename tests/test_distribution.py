@@ -13,10 +13,10 @@ import zipfile
 import jax
 import jaxtyping
 import pytest
-from common import ROOT
 
 import residuum
 from test_residuum import assert_close, evaluate, MASK, problem, textbook_loss, value_and_grad
+from tests.common import ROOT
 
 
 def test_annotations_hold_at_run_time():

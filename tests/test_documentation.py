@@ -13,10 +13,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from common import config, ROOT
 
 from residuum import Cuts, residuum_loss
 from test_residuum import OPTIMIZED, textbook_loss
+from tests.common import config, ROOT
 
 
 README = ROOT / "README.md"
@@ -625,6 +625,6 @@ def test_the_packages_of_the_blocks_are_those_of_the_tests():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     names = {re.split(r"\W", name)[0] for name in extras["test"] + extras["examples"]}
-    known = {"functools", "pathlib", "jax", "numpy", "convolutions_on_cpu", *names}
+    known = {"functools", "pathlib", "jax", "numpy", "canonical_convolutions", *names}
     text = "".join(block for _, program in PROGRAMS for block in program)
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) <= known

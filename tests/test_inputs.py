@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import primitives, vary
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
-from test_meshes import make_mesh, MESH_DEVICES, needs_shard_map, shard
 
 from residuum import Cuts, residuum_loss
 from test_residuum import (
@@ -25,6 +23,8 @@ from test_residuum import (
     slow,
     textbook_loss,
 )
+from tests.common import primitives, vary
+from tests.test_meshes import make_mesh, MESH_DEVICES, needs_shard_map, shard
 
 
 #

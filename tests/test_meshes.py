@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import network_problem, vary
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import residuum
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, assert_close, evaluate, EXTRA, problem, slow, textbook_loss
+from tests.common import network_problem, vary
 
 
 # With one accelerator, the CPU's virtual devices make up the mesh.

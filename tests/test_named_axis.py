@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_meshes import make_mesh, MESH_DEVICES, needs_shard_map, shard
 
 from residuum import Cuts, residuum_loss
 from test_residuum import (
@@ -24,6 +23,7 @@ from test_residuum import (
     slow,
     textbook_loss,
 )
+from tests.test_meshes import make_mesh, MESH_DEVICES, needs_shard_map, shard
 
 
 #

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import config
 
 from residuum import Cuts, mse, residuum_loss
 from test_residuum import (
@@ -24,6 +23,7 @@ from test_residuum import (
     textbook_loss,
     value_and_grad,
 )
+from tests.common import config
 
 
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import config
 
 from residuum import residuum_loss
 from test_residuum import (
@@ -20,6 +19,7 @@ from test_residuum import (
     textbook_loss,
     TOLERANCE,
 )
+from tests.common import config
 
 
 CHECKS = {

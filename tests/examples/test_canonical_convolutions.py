@@ -1,22 +1,23 @@
-"""The transform of examples/convolutions_on_cpu.py changes layouts and nothing else: it finds
-all convolutions of a program, and the program computes what it did, in little more memory."""
+"""The transform changes layouts and nothing else: it finds all convolutions of a program, and
+the program computes what it did, in little more memory."""
 
 import functools
+import re
 from collections import Counter
 
-import convolutions_on_cpu as example
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import config, equations, primitives
-from convolutions_on_cpu import canonical_convolutions
+from canonical_convolutions import canonical_convolutions
+from convolutions_on_cpu import ConvNet, heat_residuum, UNet
 from jax import export
 from jax.sharding import Mesh, PartitionSpec as P
 
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, slow
+from tests.common import config, equations, primitives
 
 
 TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2
@@ -253,6 +254,82 @@ def test_value_and_gradient_inside(name):
 
 
 #
+# Primitives of JAX 0.12 that lower a jaxpr of their own, in which none of the above would look
+#
+
+NEW_PRIMITIVES = {
+    "jax_remat3": ["checkpoint", "remat in scan"],
+    "jax_custom_jvp3": ["custom_jvp"],
+    "jax_custom_vjp3": ["custom_vjp"],
+}
+new_primitives = pytest.mark.parametrize("flag", NEW_PRIMITIVES)
+needs_flags = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="needs a newer JAX")
+
+
+def layouts(f, *args):
+    """Of all convolutions in the program that XLA compiles."""
+    program = jax.jit(lambda *x: f(*x)).lower(*args).as_text()
+    return re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", program)
+
+
+@needs_flags
+@new_primitives
+def test_no_convolution_is_out_of_reach(flag):
+    args = 0.3 * normal(3, 3, 3), normal(2, 3, 6)
+    for name in NEW_PRIMITIVES[flag]:
+        for f in (lambda k, u, name=name: PLACES[name](u, k), place(name)):
+            with config(flag, True):
+                before, after = layouts(f, *args), layouts(canonical_convolutions(f), *args)
+                actual, expected = (jax.jit(canonical_convolutions(f))(*args), f(*args))
+            assert len(before) == len(after) and set(after) == {
+                "[b, 0, f]x[0, i, o]->[b, 0, f]"
+            }
+            assert set(before) - set(after)
+            assert_close(actual, expected)
+
+
+@needs_flags
+@new_primitives
+def test_a_rollout_with_new_primitives(flag):
+    f, params = gradient_of("U-Net", 4, cuts=Cuts(bptt=2), checkpoint=True)
+    with config(flag, True):
+        assert set(layouts(canonical_convolutions(f), params)) == {
+            "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
+        }
+        assert_close(*(jax.jit(g)(params) for g in (canonical_convolutions(f), f)))
+
+
+def with_tripled_derivative(rule):
+    """A derivative that only the custom rule gives."""
+    if rule == "custom_jvp":
+        f = jax.custom_jvp(convolve)
+        f.defjvp(lambda x, x_dot: (convolve(*x), 3 * jax.jvp(convolve, x, x_dot)[1]))
+    else:
+        f = jax.custom_vjp(convolve)
+        f.defvjp(lambda *x: (convolve(*x), x), lambda x, g: jax.vjp(convolve, *x)[1](3 * g))
+    return f
+
+
+@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
+@pytest.mark.parametrize("flag", ["jax_enable_x64", *also_slow(slowly=NEW_PRIMITIVES)])
+def test_custom_rules_hold_outside_of_the_transform(rule, flag):
+    if flag in NEW_PRIMITIVES and jax.__version_info__ < (0, 12):
+        pytest.skip("needs a newer JAX")
+    f = lambda u, kernel: with_tripled_derivative(rule)(u, kernel)
+    args = normal(2, 3, 6), normal(3, 3, 3)
+    with config(flag, True):
+        gradient, expected = (
+            jax.grad(lambda *x, g=g: jnp.sum(jnp.sin(g(*x))), (0, 1))(*args)
+            for g in (canonical_convolutions(f), f)
+        )
+        assert_close(gradient, expected)
+        vmapped, expected = (
+            jax.vmap(g)(*(x[None] for x in args)) for g in (canonical_convolutions(f), f)
+        )
+        assert_close(vmapped, expected)
+
+
+#
 # What goes in and out
 #
 
@@ -486,8 +563,8 @@ class Depthwise(eqx.Module):
 def rollout_problem(name):
     key = jax.random.key(0)
     network, space = {
-        "U-Net": (example.UNet, (8, 8)),
-        "3D": (functools.partial(example.ConvNet, 3), (4, 4, 4)),
+        "U-Net": (UNet, (8, 8)),
+        "3D": (functools.partial(ConvNet, 3), (4, 4, 4)),
         "depthwise": (Depthwise, (8, 8)),
     }[name]
     return as_float32(network(key=key)), normal(2, 1, 1, *space)
@@ -501,7 +578,7 @@ def gradient_of(name, num_rollout_steps, **options):
     def loss(params):
         stepper = eqx.combine(params, static)
         options_ = dict(num_rollout_steps=num_rollout_steps, **options)
-        return residuum_loss(stepper, data, example.heat_residuum, **options_)
+        return residuum_loss(stepper, data, heat_residuum, **options_)
 
     return jax.grad(loss), params
 

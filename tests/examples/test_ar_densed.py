@@ -4,18 +4,13 @@ the layout of the published ones."""
 import sys
 from types import SimpleNamespace
 
+import ar_densed
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import ROOT
 
 from test_residuum import slow
-
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import ar_densed
 
 
 pytestmark = slow

@@ -1,10 +1,10 @@
-"""The test of examples/kuramoto_sivashinsky.py is what it says: residuum, solver, states, and
-the figures by which emulators are judged."""
+"""The published test in benchmarks/published_kuramoto_sivashinsky.py is what it claims to be:
+residual, solver, initial conditions, and the scores of the emulators."""
 
 import jax
 import jax.numpy as jnp
-import kuramoto_sivashinsky as example
 import numpy as np
+import published_kuramoto_sivashinsky as ks
 import pytest
 
 from residuum import residuum_loss
@@ -16,19 +16,19 @@ pytestmark = slow
 
 def attractor(num_samples=2):
     """Smooth states of the right size."""
-    waves = example.long_waves(num_samples, jax.random.key(0))
-    return example.rollout(example.reference_solver(), waves, 600)[:, -1]
+    waves = ks.long_waves(num_samples, jax.random.key(0))
+    return ks.rollout(ks.reference_solver(), waves, 600)[:, -1]
 
 
 def loss_of(stepper, states, num_steps=3):
-    residuum_fn = example.preconditioned_crank_nicolson
+    residuum_fn = ks.preconditioned_crank_nicolson
     options = dict(num_rollout_steps=num_steps)
     return jax.jit(lambda u: residuum_loss(stepper, u, residuum_fn, **options))(states[:, None])
 
 
-def test_the_exact_step_has_no_residuum():
+def test_residual_of_the_exact_step_is_zero():
     states = attractor()
-    assert loss_of(example.crank_nicolson_step, states) < 1e-15
+    assert loss_of(ks.crank_nicolson_step, states) < 1e-15
     assert loss_of(lambda u: u, states) > 1e-4
 
 
@@ -48,23 +48,23 @@ def runge_kutta(u, dt):
 
 
 def test_solver_agrees_with_a_fine_one():
-    """To fourth order, which the second order of Crank-Nicolson is far from."""
+    """To fourth order, far better than Crank–Nicolson's second order."""
     states = attractor()
     fine = np.asarray(states[:, 0], np.float64)
     for _ in range(500):
-        fine = runge_kutta(fine, 10 * example.DT / 500)
+        fine = runge_kutta(fine, 10 * ks.DT / 500)
 
     def error(stepper):
-        u = example.rollout(stepper, states, 10)[:, -1, 0]
+        u = ks.rollout(stepper, states, 10)[:, -1, 0]
         return np.sqrt(np.mean((np.asarray(u) - fine) ** 2))
 
-    assert error(example.reference_solver()) < 2e-5
-    assert 5e-5 < error(example.crank_nicolson_step) < 1e-3
+    assert error(ks.reference_solver()) < 2e-5
+    assert 5e-5 < error(ks.crank_nicolson_step) < 1e-3
 
 
 def test_long_waves_have_the_coefficients_of_the_test():
     """u = Σ a_k exp(-2πikx/L) + c.c. with real and imaginary parts in [0, 1)."""
-    u = np.asarray(example.long_waves(200, jax.random.key(0)))[:, 0]
+    u = np.asarray(ks.long_waves(200, jax.random.key(0)))[:, 0]
     x = np.arange(96) / 96
     a = np.stack([np.mean(u * np.exp(2j * np.pi * k * x), axis=-1) for k in (1, 2)], axis=-1)
     for part in (a.real, a.imag):
@@ -74,8 +74,8 @@ def test_long_waves_have_the_coefficients_of_the_test():
     assert np.allclose(u, 2 * waves.real, atol=1e-5)
 
 
-def test_training_starts_from_waves_that_repeat_themselves_but_for_long_ones():
-    u = np.asarray(example.initial_conditions(200, jax.random.key(0)))[:, 0]
+def test_training_starts_from_periodic_waves_and_long_ones():
+    u = np.asarray(ks.initial_conditions(200, jax.random.key(0)))[:, 0]
     u_hat = np.fft.rfft(u) / 96
     assert np.all(np.max(np.abs(u_hat[:, 1:3]), axis=-1) > 1e-4)
     u_hat[:, 1:3] = 0
@@ -91,8 +91,8 @@ def test_training_starts_from_waves_that_repeat_themselves_but_for_long_ones():
 
 
 def random_network():
-    """Not the identity, as which it begins."""
-    stepper = example.ConvNet(width=3, key=jax.random.key(0))
+    """Unlike a fresh one, it is not the identity."""
+    stepper = ks.ConvNet(width=3, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(stepper)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -100,16 +100,16 @@ def random_network():
 
 
 def test_no_rollout_overflows():
-    """Whatever the weights: this network would square what it is given twice a step."""
+    """Whatever the weights: only the clip keeps this network from squaring u twice a step."""
     stepper = jax.tree.map(lambda x: 10 * x, random_network())
-    u = example.rollout(stepper, attractor(), 50)
+    u = ks.rollout(stepper, attractor(), 50)
     assert jnp.max(jnp.abs(u)) > 100 and jnp.all(jnp.isfinite(u))
 
 
-def test_the_network_begins_as_the_identity_and_commutes_with_shifts():
+def test_the_network_starts_as_the_identity_and_commutes_with_shifts():
     u = attractor()[0]
     step = jax.jit(lambda stepper, u: stepper(u))
-    assert jnp.all(step(example.ConvNet(width=3, key=jax.random.key(0)), u) == u)
+    assert jnp.all(step(ks.ConvNet(width=3, key=jax.random.key(0)), u) == u)
     stepper = random_network()
     assert jnp.max(jnp.abs(step(stepper, u) - u)) > 0.1
     shifted = step(stepper, jnp.roll(u, 5))
@@ -117,9 +117,9 @@ def test_the_network_begins_as_the_identity_and_commutes_with_shifts():
 
 
 def test_number_of_parameters():
-    stepper = example.ConvNet(width=3, depth=3, kernel_size=5, key=jax.random.key(0))
+    stepper = ks.ConvNet(width=3, depth=3, kernel_size=5, key=jax.random.key(0))
     first, second, last = (1 * 5 + 1) * 6, (4 * 5 + 1) * 6, 7 * 5 + 1
-    assert example.num_parameters(stepper) == first + second + last
+    assert ks.num_parameters(stepper) == first + second + last
 
 
 def waves(amplitudes, num_steps=400):
@@ -133,30 +133,38 @@ def test_spectrum_and_errors_of_known_waves():
     u = waves({3: 2.0, 7: 0.5})
     expected = np.zeros(49)
     expected[[3, 7]] = 1.0, 0.0625
-    assert np.allclose(example.spectrum(u), expected, atol=1e-6)
-    assert np.allclose(example.mean_squared_error(1.1 * u, u), 0.01 * (2 + 0.125), rtol=1e-4)
-    assert np.allclose(example.relative_error(1.1 * u, u), 0.1, rtol=1e-4)
+    assert np.allclose(ks.spectrum(u), expected, atol=1e-6)
+    assert np.allclose(ks.mean_squared_error(1.1 * u, u), 0.01 * (2 + 0.125), rtol=1e-4)
+    assert np.allclose(ks.relative_error(1.1 * u, u), 0.1, rtol=1e-4)
 
 
-def test_verdict_of_a_known_emulator():
-    """Ten per cent too large; another wave from t = 30 on; nothing more from t = 35 on."""
+def test_scores_of_a_known_emulator():
+    """Ten per cent too large, with the wrong sign from t = 30 on; then one that diverges."""
     every = {mode: 1.0 for mode in range(49)}
     u = waves(every)
     emulated = (1.1 * u).at[:, 300:].multiply(-1)
-    verdict = example.judge(emulated, u, 12, 3.4)
+    scores = ks.judge(emulated, u, 12, 3.4)
     mse = 0.01 * np.mean(u**2)
     expected = [mse, mse, mse, mse, 30.0, 1.1 * np.std(u), 0.21, 12, 3.4]
-    assert np.allclose(verdict.row[:4], expected[:4], rtol=1e-3)
-    assert np.allclose(verdict.row[[4, 6, 7, 8]], expected[4:5] + expected[6:], rtol=1e-3)
-    assert verdict.energy.shape == (23,) and np.allclose(verdict.energy, 1.21, rtol=1e-3)
-    diverged = example.judge(emulated.at[:, 50:].set(jnp.nan), u)
+    assert np.allclose(scores.row[:4], expected[:4], rtol=1e-3)
+    assert np.allclose(scores.row[[4, 6, 7, 8]], expected[4:5] + expected[6:], rtol=1e-3)
+    assert scores.energy.shape == (23,) and np.allclose(scores.energy, 1.21, rtol=1e-3)
+    diverged = ks.judge(emulated.at[:, 50:].set(jnp.nan), u)
     assert np.isclose(diverged.row[0], mse, rtol=1e-3) and np.all(diverged.row[1:4] == np.inf)
     assert np.isclose(diverged.row[4], 5.0)
 
 
 def test_the_published_test_is_on_the_attractor():
-    """Chaos has forgotten the beginning: the statistics do not change any more."""
-    reference = example.published_test(num_samples=16)
+    """The transient is over: the statistics do not change any more."""
+    reference = ks.published_test(num_samples=16)
     assert reference.shape == (16, 1001, 1, 96)
     early, late = (float(jnp.std(u)) for u in (reference[:, :300], reference[:, -300:]))
     assert early == pytest.approx(late, rel=0.05) and early == pytest.approx(1.31, rel=0.05)
+
+
+def test_rows_of_the_csv_file_have_the_columns_of_the_table():
+    row = ks.csv_row("emulator", 3, ks.PUBLISHED.row)
+    assert (row["emulator"], row["seed"]) == ("emulator", 3)
+    assert [row[f"mse_{t}"] for t in (1, 5, 10, 20)] == ["0.0006", "0.0088", "0.066", "0.56"]
+    assert (row["parameters"], row["seconds"]) == ("4820", "")
+    assert len(row) == 2 + len(ks.COLUMNS)

@@ -13,16 +13,15 @@ import importlib.metadata
 import itertools
 import multiprocessing
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from common import ROOT
 from jax import export
 
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, assert_close, FLAGS, SINGLE_TOLERANCE, slow
+from tests.common import ROOT
 
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -71,7 +70,6 @@ def as_users_have_it():
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_default_matmul_precision", None)
-    sys.path.append(str(ROOT / "benchmarks"))
 
 
 def describe(target, network, cut, num_steps, way="shard_map", loss="residuum", **options):

@@ -1,7 +1,6 @@
 """What benchmarks/which_cut.py takes for the same program has the same gradient, in all that
 it compares; what it measures and draws; and the table in the documentation."""
 
-import csv
 import functools
 import itertools
 import os
@@ -12,14 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import ROOT
+import study
+import which_cut
 
 from test_residuum import assert_close, evaluate, problem, residuum_loss, slow
-
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import which_cut
+from tests.common import ROOT
 
 
 pytestmark = slow
@@ -92,7 +88,7 @@ def test_quick_mode_measures_and_draws(tmp_path):
     names = ("cut.csv", "cut.png")
     output, figure = (str(tmp_path / name) for name in names)
     table = run_script("--quick", "--workers", "1", "--output", output, "--figure", figure)
-    rows = which_cut.read(tmp_path / "cut.csv")
+    rows = study.read_csv(tmp_path / "cut.csv")
     assert len(rows) == 5
     for row in rows:
         assert int(row["updates"]) >= 1
@@ -116,10 +112,7 @@ def made_up_rows():
 
 
 def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
-    with (tmp_path / "cut.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, which_cut.FIELDS)
-        writer.writeheader()
-        writer.writerows(made_up_rows())
+    study.write_csv(tmp_path / "cut.csv", list(made_up_rows()))
     output, figure = str(tmp_path / "cut.csv"), str(tmp_path / "cut.png")
     lines = run_script("--draw", "--output", output, "--figure", figure).splitlines()
     burgers, lorenz = (
@@ -140,7 +133,7 @@ def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
 
 
 def test_the_documentation_has_the_table_of_the_measured_rows(capsys):
-    which_cut.print_table(which_cut.read(ROOT / "benchmarks" / "which_cut.csv"))
+    which_cut.print_table(study.read_csv(ROOT / "benchmarks" / "which_cut.csv"))
     table = capsys.readouterr().out.strip()
     assert table.count("Cuts()") == 3
     assert table in (ROOT / "docs" / "cuts.md").read_text()

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from common import ROOT
 
 from test_residuum import slow
+from tests.common import ROOT
 
 
 OPTIONS = inspect.signature(jax.distributed.initialize).parameters

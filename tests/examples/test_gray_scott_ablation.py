@@ -1,0 +1,123 @@
+"""benchmarks/gray_scott_ablation.py: its recipe is what the example trains, each row changes
+one item of it, and the documentation has its table."""
+
+import os
+import subprocess
+import sys
+
+import equinox as eqx
+import gray_scott as example
+import gray_scott_ablation as ablation
+import jax
+import jax.numpy as jnp
+import pytest
+import study
+from gray_scott_ablation import Emulator, make_residuum_fn, Recipe
+
+from test_residuum import slow
+from tests.common import config, ROOT
+
+
+pytestmark = slow
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    """In which the example trains."""
+    with config("jax_enable_x64", False):
+        yield
+
+
+def test_the_recipe_is_what_the_example_trains():
+    options = dict(num_updates=3, key=jax.random.key(0))
+    expected, (actual, _) = (
+        example.train_emulator(**options),
+        ablation.train(Recipe(), **options),
+    )
+    leaves = [jax.tree.leaves(stepper.network) for stepper in (actual, expected)]
+    assert jnp.any(leaves[0][-1] != 0)  # zero before training
+    for x, y in zip(*leaves, strict=True):
+        assert jnp.array_equal(x, y)
+
+
+def test_each_row_changes_the_recipe():
+    rows = dict(ablation.ROWS)
+    assert rows.pop("the recipe") == {}
+    for changes in rows.values():
+        assert changes and all(getattr(Recipe(), name) != x for name, x in changes.items())
+
+
+def test_residuals_are_scaled_and_preconditioned_separately():
+    states = example.random_states(jax.random.key(0), 2)
+    plain, scaled, preconditioned = (
+        jax.vmap(make_residuum_fn(Recipe(scale_residuals=scale, precondition=precondition)))(
+            states, states
+        )
+        for scale, precondition in ((False, False), (True, False), (False, True))
+    )
+    assert jnp.allclose(plain, jax.vmap(example.imex_euler)(states, states), atol=1e-7)
+    assert jnp.allclose(scaled * example.CHANGE_SIZE, plain, atol=1e-7)
+    difference = states.fields - jax.vmap(example.solver)(states).fields
+    assert jnp.allclose(preconditioned, difference, atol=1e-6)
+    assert not jnp.allclose(plain, difference, atol=1e-4)
+
+
+@pytest.mark.parametrize("start_at_identity", [True, False])
+def test_training_starts_at_the_identity(start_at_identity):
+    states = example.random_states(jax.random.key(0), 2)
+    stepper = Emulator(Recipe(start_at_identity=start_at_identity), jax.random.key(1))
+    is_identity = (jax.vmap(stepper)(states).fields == states.fields).all()
+    assert is_identity == start_at_identity
+
+
+def drifting(recipe, key):
+    """An emulator that adds the size of a change at every step."""
+    bias = lambda x: x.network.layers[-1].bias
+    return eqx.tree_at(bias, Emulator(recipe, key), jnp.ones((2, 1, 1)))
+
+
+@pytest.mark.parametrize("buffer_size", [8, 0])
+def test_the_replay_buffer_continues_where_the_rollout_ended(buffer_size):
+    recipe = Recipe(buffer_size=buffer_size, batch_size=4, num_rollout_steps=2)
+    start, update = ablation.make_update(recipe, num_updates=10)
+    _, opt_state, buffer = start(jax.random.key(0))
+    carry = drifting(recipe, jax.random.key(1)), opt_state, buffer
+    (*_, new_buffer), _ = update(carry, jax.random.key(3))
+    kept = (new_buffer.rates == buffer.rates).all(axis=1)
+    moved = (new_buffer.fields != buffer.fields).any(axis=(1, 2, 3))
+    if buffer_size:
+        assert kept.all() and moved.sum() == recipe.batch_size
+        expected = buffer.fields[moved] + recipe.num_rollout_steps * example.CHANGE_SIZE
+        assert jnp.allclose(new_buffer.fields[moved], expected, atol=1e-6)
+    else:
+        assert moved.all() and not kept.any()
+
+
+def test_diverged_states_are_replaced():
+    start, update = ablation.make_update(Recipe(buffer_size=4, batch_size=4), num_updates=10)
+    stepper, opt_state, buffer = start(jax.random.key(0))
+    diverged = buffer._replace(fields=buffer.fields.at[0].set(jnp.nan).at[1].set(3.0))
+    (*_, new_buffer), _ = update((stepper, opt_state, diverged), jax.random.key(3))
+    assert jnp.all(jnp.abs(new_buffer.fields) < 2)
+
+
+def test_quick_ablation_runs(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    environment.pop("XLA_FLAGS", None)
+    script, path = ROOT / "benchmarks" / "gray_scott_ablation.py", tmp_path / "ablation.csv"
+    command = [sys.executable, str(script), "--quick", "--output", str(path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = study.read_csv(path)
+    assert [row["row"] for row in rows] == ["persistence", "no pool"]
+    assert list(rows[0]) == list(study.read_csv(script.with_suffix(".csv"))[0])
+    assert float(rows[0]["patterns, u and v, 50"]) > 0.1
+    assert "| no pool |" in result.stdout
+
+
+def test_the_page_has_the_table_of_the_file():
+    rows = study.read_csv(ROOT / "benchmarks" / "gray_scott_ablation.csv")
+    table = ablation.markdown(rows).splitlines()
+    assert len(table) > 10
+    page = (ROOT / "docs" / "your_own_problem.md").read_text()
+    assert all(line in page for line in table)
