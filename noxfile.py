@@ -10,6 +10,7 @@ Environments are made by uv where it is installed. A missing interpreter is an e
 """
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -85,7 +86,32 @@ def annotations(session):
     # Not the files about messages: where the annotations object first, ours are not seen.
     names = ("constants", "cost", "precision", "rule", "transformations")
     files = ["test_residuum.py", *(f"tests/test_{name}.py" for name in names)]
+    files = [] if session.posargs else files  # those of posargs instead
     pytest(session, "-m", "not slow", "--jaxtyping-packages=residuum,beartype.beartype", *files)
+
+
+@nox.session(python=NEWEST)
+def mutants(session):
+    """Whether tests fail for each change to residuum.py above its validation. Takes hours."""
+    session.install("cosmic-ray", *requirements("test"), env={"UV_COMPILE_BYTECODE": "1"})
+    copy, config, results = Path(session.create_tmp(), "copy"), "tests/mutants.toml", "results"
+    fresh = "continue" not in session.posargs
+    if fresh:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*"))
+    with session.chdir(copy):
+        if fresh:
+            session.run("cosmic-ray", "baseline", config)
+            session.run("cosmic-ray", "init", config, results)
+            session.run("cr-filter-operators", results, config)
+            lines = Path("residuum.py").read_text().split("\n# Validation")[0].splitlines()
+            typing = re.compile(r"Literal|TypedDict|^ *\*,$")  # no code, nor is a lone `*`
+            rows = [str(n) for n, line in enumerate(lines, 1) if not typing.search(line)]
+            with open(config, "a") as file:
+                file.write(f'[cosmic-ray.filters.line-filter.lines]\n"residuum.py" = {rows}')
+            session.run("cr-filter-lines", results, "--config", config)
+        session.run("cosmic-ray", "exec", config, results)
+        session.run("cr-report", "--surviving-only", "--show-diff", results)
 
 
 @nox.session(python=NEWEST)
@@ -118,10 +144,8 @@ def docs(session):
 
 @nox.session(python=NEWEST)
 def examples(session):
-    """README's example, and then all examples and studies, in quick mode."""
+    """All examples and studies in quick mode: what they print and draw."""
     session.install(*requirements("test"), ".")
-    output = f"{session.create_tmp()}/burgers.png"
-    session.run("python", "examples/burgers.py", "--quick", "--output", output)
     pytest(session, "tests/examples/test_examples.py", "tests/examples/test_studies.py")
 
 

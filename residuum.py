@@ -296,7 +296,7 @@ def _rollout(loop: Loop, closed_over: list[Array], u: State, levels: Levels) -> 
 def _chunks(levels: Levels, length: int, first: int = 0) -> list[Any]:
     """Chunks of blocks `[num_blocks, length, ...]`: `first` levels, the bulk, a remainder."""
     num_steps = len(levels.weights)
-    last = num_steps - (num_steps - first) % length
+    last = num_steps - num_steps % length  # `first` is 0 or `length`
 
     def chunk(i: int, j: int) -> Any:
         shape = max((j - i) // length, 1), min(j - i, length)
@@ -311,7 +311,7 @@ def _merge(ys: list[PyTree]) -> PyTree:
 
 
 def _scan(
-    step: Any, carry: PyTree, xs: PyTree, length: int, unroll: int, remat: int = False
+    step: Any, carry: PyTree, xs: PyTree, length: int, unroll: int, remat: int
 ) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan`, without a loop if one iteration does it all; `remat` recomputes steps."""
     unroll = max(unroll, 1)
@@ -419,8 +419,8 @@ def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bo
 # gradient as well, and the tangent of the loss is <gradient, tangents>: linear in the tangents,
 # so JAX transposes it for reverse mode, and made of operations that JAX can differentiate, so
 # derivatives of any order are exact. A `jax.custom_vjp` would be shorter, but has no forward
-# mode. The price: reverse mode over the rule stores every segment, and so does the gradient for
-# arrays that do not vary over an axis of a `jax.shard_map(check_vma=True)`.
+# mode. The price: reverse mode over the rule stores the state of each segment, as does the
+# gradient for arrays that do not vary over an axis of a `jax.shard_map(check_vma=True)`.
 #
 
 
@@ -444,7 +444,7 @@ def _value_and_grad(
     k, ys = loop.segment_length, []
     for chunk in _chunks(levels, k, first=k if any(wrt_u) else 0):
         advance = partial(_advance, loop, (wrt_closed_over, wrt_u, wrt_levels), closed_over)
-        carry, y = _scan(advance, carry, chunk, len(chunk.weights), loop.unroll // k)
+        carry, y = _scan(advance, carry, chunk, len(chunk.weights), loop.unroll // k, True)
         ys.append(y)
         wrt_u = [False] * len(u)
     u, (loss, grads) = carry

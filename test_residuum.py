@@ -224,6 +224,10 @@ def test_traced_masks_equal_the_textbook_loop(bptt):
     assert_close([traced(*m) for m in masks], expected)
 
 
+def test_nothing_is_cut_by_default():
+    assert Cuts() == (False, False, False)  # or the oracle would cut, too
+
+
 HIGHER_ORDER = [
     dict(num_rollout_steps=5, cuts=Cuts(bptt=2)),
     dict(num_rollout_steps=1),
@@ -425,7 +429,9 @@ def test_mse_is_the_mean_over_all_entries_of_all_leaves():
 def test_mse_adds_up_in_the_widest_dtype_of_all_leaves():
     leaves = [jnp.float16(1), jnp.float32(1), jnp.float64(1e-5)]
     for residuum in itertools.permutations(leaves):
-        assert_close(mse(residuum), jnp.float64((2 + 1e-10) / 3), 1e-15)
+        with jax.numpy_dtype_promotion("strict"):
+            actual = mse(residuum)
+        assert_close(actual, jnp.float64((2 + 1e-10) / 3), 1e-15)
 
 
 def test_mse_has_all_derivatives_at_zero():

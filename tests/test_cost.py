@@ -65,9 +65,11 @@ def test_every_kth_state_computes_three_times_what_would_be_stored():
     count = lambda **options: program(8, checkpoint=2, **options).count("tanh")
     # The step; the step in the block that is computed again; the step computed again there.
     assert count() == 3 * program(8).count("tanh")
+    assert program(4, checkpoint=2).count("tanh") == count()  # of two blocks only, too
     assert count(cuts=Cuts(1)) == program(8, cuts=Cuts(1)).count("tanh")
     # A last block by itself is computed as any rollout with `checkpoint=True`.
     assert program(9, checkpoint=2).count("tanh") == 5 * program(8).count("tanh")
+    assert program(8, checkpoint=3).count("tanh") == 5 * program(8).count("tanh")
     assert program(8, checkpoint=8) == program(8, checkpoint=50) == program(8, checkpoint=True)
 
 
@@ -82,6 +84,11 @@ def test_checkpoint_computes_twice_only_what_would_be_stored(unroll):
     # The backward pass of a segment of one step follows at once.
     for bptt in (1, True):
         assert count(bptt, True) == count(bptt, False)
+
+
+def test_a_rollout_of_one_step_is_rematerialised_too():
+    """It may be one of many in a loop of the user's."""
+    assert program(1, checkpoint=True).count("tanh") == 2 * program(1).count("tanh")
 
 
 PROTECTED = [
@@ -172,12 +179,23 @@ def test_tracing_costs_little_more_than_that_of_a_plain_scan():
 
 
 def test_unroll_is_steps_per_iteration():
-    def count(unroll, bptt):
-        names = program(12, lambda f: f, cuts=Cuts(bptt), unroll=unroll)
+    def count(unroll, bptt, **options):
+        names = program(12, lambda f: f, cuts=Cuts(bptt), unroll=unroll, **options)
         return names.count("tanh")
 
     assert [count(u, False) for u in (1, 12, True)] == [1, 12, 12]
+    # Of the steps of a segment or block, and of these once all of their steps are unrolled.
     assert [count(u, 3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
+    assert [count(u, False, checkpoint=3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
+
+
+def test_unroll_false_is_one_step_per_iteration():
+    def text(unroll):
+        options = dict(num_rollout_steps=6, unroll=unroll)
+        loss = functools.partial(evaluate, residuum_loss, **options)
+        return jax.jit(loss).lower(*problem(6)).as_text()
+
+    assert text(False) == text(1) != text(2)
 
 
 def temporaries(
@@ -300,6 +318,18 @@ def test_streaming_does_the_arithmetic_of_one_segment_per_segment(bptt):
         assert names.count(primitive) == one_segment.count(primitive)
 
 
+def test_the_first_segment_alone_computes_the_gradient_of_the_initial_state():
+    def count(num_rollout_steps, transform, **options):
+        params, data, _, coefficient = problem(num_rollout_steps)
+        options["num_rollout_steps"] = num_rollout_steps
+        loss = lambda data: evaluate(residuum_loss, params, data, None, coefficient, **options)
+        names = primitives(jax.make_jaxpr(transform(loss))(data).jaxpr)
+        return collections.Counter(names)["dot_general"]
+
+    first, rest = count(1, jax.grad), count(29, lambda loss: loss)
+    assert count(30, jax.grad, cuts=Cuts(1)) == first + rest < 2 * first
+
+
 def test_nothing_of_the_gradient_is_computed_for_the_value():
     forward = program(30, lambda f: f)
     streamed = program(30, lambda f: f, cuts=Cuts(1))
@@ -361,7 +391,25 @@ def test_memory_inside_a_loop_that_is_differentiated_from_outside(name, bptt, pr
     assert size(220) - size(20) <= 2 * 200 * 4
 
 
-def test_memory_of_hessian_vector_products_forward_over_reverse():
+def test_forward_mode_without_a_cut_stores_no_step():
+    """The rule, which takes a gradient, would store them all."""
+
+    def size(num_rollout_steps):
+        params, data, stepper = network_problem("mlp")
+
+        def loss(params):
+            u_next = functools.partial(stepper, params)
+            options = dict(num_rollout_steps=num_rollout_steps)
+            return residuum_loss(u_next, data, lambda n, p: n - p, **options)
+
+        derivative = jax.jit(lambda v: jax.jvp(loss, (params,), (v,))[1])
+        return derivative.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    # Of each step, the losses, the weights and their tangents; a state is 512 times as large.
+    assert size(220) - size(20) <= 4 * 200 * 4
+
+
+def test_memory_of_hessian_vector_products():
     def size(num_rollout_steps, outer):
         params, data, stepper = network_problem("mlp")
 
@@ -379,7 +427,8 @@ def test_memory_of_hessian_vector_products_forward_over_reverse():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert size(200, "forward") == size(20, "forward")
-    assert size(200, "reverse") > 2 * size(20, "reverse")  # the documentation warns of that
+    # Of each segment, the state at its start and numbers of the levels.
+    assert size(200, "reverse") - size(20, "reverse") <= 180 * (8 * 64 * 4 + 64)
 
 
 def test_every_kth_state_and_its_tangent_are_stored_for_hessian_vector_products():

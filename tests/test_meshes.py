@@ -170,10 +170,12 @@ def test_shard_map_over_parameters_that_differ(resets, check_vma):
             def stepper(state):
                 u = jnp.tanh(scale * state["u"] + state["b"])
                 n = state["n"] + (u[0] > 0.7)
-                return {"u": jnp.ones(3) if resets else u, "n": n, "b": u[0] > 0.5}
+                v = jnp.zeros(())  # which varies at first only
+                return {"u": jnp.ones(3) if resets else u, "n": n, "b": u[0] > 0.5, "v": v}
 
-            residuum_fn = lambda n, p: n["u"] * n["n"] - scale * p["u"]
-            return loss_fn(stepper, data, residuum_fn, **options)
+            residuum_fn = lambda n, p: n["u"] * n["n"] - scale * p["u"] + p["v"]
+            v = jnp.broadcast_to(scale, (2, 1))
+            return loss_fn(stepper, {**data, "v": v}, residuum_fn, **options)
 
         return jax.value_and_grad(loss)(scale[0])
 

@@ -130,7 +130,9 @@ def test_derivatives_in_a_direction_of_half_precision_are_summed_in_float32(dtyp
 
     gradients = jax.grad(lambda *args: loss(*args, 1), (0, 1))(data, inputs)
     expected = sum(np.sum(np.asarray(g, np.float64)) for g in gradients)
-    np.testing.assert_allclose(jax.jit(derivative, static_argnums=0)(1), expected, rtol=2e-4)
+    with config("jax_numpy_dtype_promotion", "strict"):
+        actual = jax.jit(derivative, static_argnums=0)(1)
+    np.testing.assert_allclose(actual, expected, rtol=2e-4)
 
 
 @pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "9", "mask"]))

@@ -62,6 +62,23 @@ def test_a_rollout_is_the_loop(unroll):
     assert_close(actual, plain_rollout(NUM_STEPS + 1, *arguments()))
 
 
+CHUNKS = {  # of how many steps, in blocks of how many, how many first: the shapes
+    (7, 3, 0): [(2, 3), (1, 1)],
+    (7, 3, 3): [(1, 3), (1, 3), (1, 1)],
+    (6, 3, 3): [(1, 3), (1, 3)],
+    (2, 3, 0): [(1, 2)],
+    (17, 6, 0): [(2, 6), (1, 5)],  # a set of Python has 17 before 12
+}
+
+
+@pytest.mark.parametrize("steps, length, first", CHUNKS)
+def test_chunks_are_all_levels_in_order(steps, length, first):
+    levels = residuum.Levels(jnp.arange(steps), {}, [])
+    chunks = [chunk.weights for chunk in residuum._chunks(levels, length, first)]
+    assert [chunk.shape for chunk in chunks] == CHUNKS[steps, length, first]
+    assert_close(residuum._merge(chunks), levels.weights)
+
+
 def marks(matrix=False, x=False, z=False, levels=False):
     """What the gradient is taken with respect to; never a shift, an integer or a mask."""
     return [matrix, False], [x, False, z], residuum.Levels(levels, {"prev": False}, [levels])
