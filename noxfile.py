@@ -30,7 +30,7 @@ PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 
 
 def requirements(*extras):
-    """Those of the project and of some of its extras, without the project itself."""
+    """The requirements of the project and of the given extras, without the project itself."""
     found = {*PROJECT["dependencies"]}
     for extra in extras:
         for requirement in PROJECT["optional-dependencies"][extra]:
@@ -92,7 +92,7 @@ def annotations(session):
 
 @nox.session(python=NEWEST)
 def mutants(session):
-    """Whether tests fail for each change to residuum.py above its validation. Takes hours."""
+    """Mutation testing of residuum.py, but for the section Validation (hours)."""
     session.install("cosmic-ray", *requirements("test"), env={"UV_COMPILE_BYTECODE": "1"})
     copy, config, results = Path(session.create_tmp(), "copy"), "tests/mutants.toml", "results"
     fresh = "continue" not in session.posargs
@@ -127,7 +127,7 @@ def lint(session):
 
 @nox.session(python=NEWEST)
 def types(session):
-    """mypy and pyright: the project, and residuum.py as a file that was copied."""
+    """mypy on residuum.py and the examples, strictly on residuum.py; pyright on residuum.py."""
     session.install(*[r for r in requirements("dev") if not r.startswith("trainax")])
     session.run("mypy")
     session.run("mypy", "--strict", "residuum.py")
@@ -144,9 +144,9 @@ def docs(session):
 
 @nox.session(python=NEWEST)
 def examples(session):
-    """All examples and studies in quick mode: what they print and draw."""
+    """All examples and studies in quick mode: what they print and draw (slow ones, too)."""
     session.install(*requirements("test"), ".")
-    pytest(session, "tests/examples/test_examples.py", "tests/examples/test_studies.py")
+    pytest(session, "tests/examples")
 
 
 @nox.session(python=NEWEST)
@@ -181,7 +181,7 @@ def dist(session):
 
 @nox.session(python="3.12")
 def accelerators(session):
-    """Programs for TPUs and GPUs that are not there, by their compilers (needs 6 GB)."""
+    """Compiles for TPUs and GPUs, without the devices (needs 6 GB of memory)."""
     compilers = ("tpu",) if "v5e" in " ".join(session.posargs) else ("tpu", "gpu")
     session.install(*requirements("test", *compilers))
     file = "tests/examples/test_accelerators.py"

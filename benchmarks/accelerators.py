@@ -1,12 +1,12 @@
 """What one gradient of a rollout takes on TPUs and GPUs: compiled, not run.
 
-XLA compiles for machines that are not there, and tells how much memory a program takes on each
-chip, and what the chips say to each other. It does not tell the run time: there is none here.
+XLA can compile for machines that are not present. It reports how much memory a program takes on
+each chip and how the chips communicate. Run times need the machine itself.
 
-Compiled is the value and gradient of the same loss by `residuum_loss`, with its options, and by
-a plain `jax.lax.scan` as one writes it by hand, with `stop_gradient` under a mask where the
-rollout is cut. Every chip has a batch of the same size, whatever their number, unless the state
-is split over chips, too. The ways onto several chips:
+The study compiles the value and gradient of the same loss in two ways: by `residuum_loss`,
+with its options, and by a plain `jax.lax.scan` as one writes it by hand, with `stop_gradient`
+under a mask where the rollout is cut. Every chip has a batch of the same size, whatever the
+number of chips, unless the state is split over chips as well. The ways onto several chips:
 
 - `shard_map`, with parameters that vary: one sum over the chips, at the end;
 - `jit`, with sharded data, and nothing else;
@@ -38,7 +38,6 @@ output file has of other targets and networks stays there.
 """
 
 import argparse
-import csv
 import functools
 import importlib.metadata
 import itertools
@@ -51,7 +50,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-# There is no TPU to ask the cloud about, nor a GPU to check libraries against. Before JAX.
+# No TPU is present to ask the cloud about, and no GPU to check libraries against. Before JAX.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody shares a chip here
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -59,6 +58,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import study
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
@@ -318,7 +318,7 @@ def make_program(topology, case):
 
 
 def compile_program(platform, function, args):
-    """Compiles for a machine that is not there, to which the shapes `args` belong."""
+    """Compiles for a machine that is not present, to which the shapes `args` belong."""
     # Without a GPU, JAX could not tell by itself whether "gpu" is CUDA or ROCm.
     lowered = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
     if platform == "cuda":  # there is nothing to try kernels out on
@@ -493,13 +493,6 @@ def default_networks(target_name):
     return ("MLP",) if TARGETS[target_name].platform == "tpu" else tuple(NETWORKS)
 
 
-def read(path):
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 #
 # The figure
 #
@@ -512,12 +505,6 @@ LINES = {  # loss, cut and options; colours of Okabe and Ito, colour-blind safe;
     "bptt=1": (("residuum", "bptt=1", ""), dict(color="#0072B2", linewidth=3)),
 }
 LABEL_SIZE = 8  # points
-
-
-def write_bytes(number):
-    for prefix, scale in {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
-        if number >= 0.9995 * scale or prefix == "kB":
-            return f"{number / scale:.3g} {prefix}"
 
 
 def draw(rows, target_name, path):
@@ -574,7 +561,7 @@ def draw(rows, target_name, path):
         axis.set_xticks(STEPS, [str(n) for n in STEPS])
         exponents = range(math.ceil(math.log10(axis.get_ylim()[0])), 15)
         ticks = [10.0**n for n in exponents if 10.0**n <= axis.get_ylim()[1]]
-        axis.set_yticks(ticks, [write_bytes(tick) for tick in ticks])
+        axis.set_yticks(ticks, [study.with_prefix(tick, "B") for tick in ticks])
         axis.minorticks_off()
         axis.set_xlim(8, 1250)
         axis.tick_params(labelsize=LABEL_SIZE)
@@ -613,7 +600,7 @@ def label_lines(figure, axis, ends):
                 positions[i + 1] += overlap / 2
     for label, position in zip(labels, positions, strict=True):
         axis.annotate(
-            f"{label}: {write_bytes(ends[label])}",
+            f"{label}: {study.with_prefix(ends[label], 'B')}",
             (1000, ends[label]),
             xytext=(9, position - place[label]),
             textcoords="offset points",
@@ -641,7 +628,7 @@ def main():
     args = parser.parse_args()
     figure = args.figure or pathlib.Path("assets/accelerators.png")
     if args.draw:
-        draw(read(args.output), args.of, figure)
+        draw(study.read_csv(args.output), args.of, figure)
         return
 
     targets = []
@@ -659,18 +646,15 @@ def main():
         if case.network in (args.networks or default_networks(name))
     ]
     made = {(name, case.network) for name, case in cases}
-    kept = [x for x in read(args.output) if (x["target"], x["network"]) not in made]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file, tqdm(cases) as progress:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(kept)
+    rows = study.read_csv(args.output) if args.output.exists() else []
+    rows = [x for x in rows if (x["target"], x["network"]) not in made]
+    with tqdm(cases) as progress:
         for name, case in progress:
             progress.set_description(f"{name}, {case.network}, T={case.num_rollout_steps}")
-            writer.writerow(describe_program(name, case))
-            file.flush()
+            rows.append(describe_program(name, case))
+            study.write_csv(args.output, rows, FIELDS)
     if args.of in targets and (args.figure or not args.quick):
-        draw(read(args.output), args.of, figure)
+        draw(study.read_csv(args.output), args.of, figure)
 
 
 if __name__ == "__main__":

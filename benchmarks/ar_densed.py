@@ -104,7 +104,7 @@ def main():
     for draw in tqdm(range(args.draws)):
         reference = ks.published_test(seed=draw)
         u = trajectories(weights, reference[:, 0], ks.TEST_STEPS)
-        scores = ks.judge(u, reference, num_parameters(weights))
+        scores = ks.evaluate(u, reference, num_parameters(weights))
         rows[f"AR-DenseED, draw {draw}"] = scores.row
         if draw == 0:
             first = scores

@@ -14,17 +14,24 @@ slows the optimiser down. The preconditioned residual `A⁻¹ r` is the error it
 Here a linear emulator learns one implicit Euler step of the heat equation. The condition number
 of its matrix A grows with the number of points.
 
-    python benchmarks/conditioning.py             trains and writes assets/conditioning.png
-    python benchmarks/conditioning.py --quick     the same in seconds, to see that it runs
+The table has the median over the seeds, and the figure shows the first one. All seeds are in
+the CSV file.
+
+    python benchmarks/conditioning.py                    trains; assets/conditioning.png
+    python benchmarks/conditioning.py --seed 0 1 2       the same with three seeds
+    python benchmarks/conditioning.py --quick            seconds, to see that it runs
 """
+
+import argparse
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import study  # noqa: F401, for the modules of the examples
-from common import COLORS, parse_options, print_table, save_figure
+import study  # makes the examples importable
+from common import COLORS, print_table, save_figure
 from tqdm import tqdm
 
 from residuum import mse, residuum_loss
@@ -33,6 +40,7 @@ from residuum import mse, residuum_loss
 DIFFUSION = 0.01  # time step · diffusivity, in units of the squared domain extent
 NUM_POINTS = (16, 32, 64)
 BATCH_SIZE = 128
+CSV = pathlib.Path("benchmarks/conditioning.csv")
 
 
 def implicit_euler_matrix(num_points):
@@ -117,21 +125,59 @@ def draw(histories):
     return figure
 
 
+def csv_row(num_points, preconditioned, seed, history):
+    """Both losses `[num_updates, 2]`, at the first and the last update."""
+    (residual_first, error_first), (residual_last, error_last) = history[[0, -1]]
+    return dict(
+        num_points=num_points,
+        condition_number=condition_number(num_points),
+        trained_on="preconditioned residual" if preconditioned else "residual",
+        seed=seed,
+        updates=len(history),
+        error_first=f"{error_first:.6g}",
+        error_last=f"{error_last:.6g}",
+        residual_first=f"{residual_first:.6g}",
+        residual_last=f"{residual_last:.6g}",
+    )
+
+
 def main():
-    args = parse_options(__doc__, "assets/conditioning.png", updates=(3000, 50))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
+    parser.add_argument("--updates", type=int, default=3000, help="updates of each training")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("assets/conditioning.png")
+    )
+    parser.add_argument("--csv", type=pathlib.Path, help=f"{CSV}; with --quick none")
+    parser.add_argument("--quick", action="store_true", help="50 updates")
+    args = parser.parse_args()
+    num_updates = 50 if args.quick else args.updates
     jax.config.update("jax_enable_x64", True)
 
-    options = dict(num_updates=args.updates, seed=args.seed)
-    cases = [(n, preconditioned) for n in NUM_POINTS for preconditioned in (False, True)]
-    histories = {(n, p): train(n, preconditioned=p, **options) for n, p in tqdm(cases)}
+    cases = [
+        (n, preconditioned, seed)
+        for n in NUM_POINTS
+        for preconditioned in (False, True)
+        for seed in args.seed
+    ]
+    histories = {
+        (n, p, seed): train(n, preconditioned=p, num_updates=num_updates, seed=seed)
+        for n, p, seed in tqdm(cases)
+    }
 
     rows = {}
     for n in NUM_POINTS:
-        errors = [f"{histories[n, p][-1, 1]:.1e}" for p in (False, True)]
-        rows[f"{n} points"] = [condition_number(n), *errors]
+        last = [[histories[n, p, s][-1, 1] for s in args.seed] for p in (False, True)]
+        medians = (study.over_seeds(errors)[0] for errors in last)
+        rows[f"{n} points"] = [condition_number(n), *(f"{error:.1e}" for error in medians)]
     columns = ("cond(A)", "residual", "precond.")
     print_table("mean|e|² after training", columns, rows)
-    save_figure(args.output, draw(histories))
+    if args.csv or not args.quick:
+        study.write_csv(args.csv or CSV, [csv_row(*case, histories[case]) for case in cases])
+    first = {(n, p): histories[n, p, args.seed[0]] for n, p, _ in cases}
+    save_figure(args.output, draw(first))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A rollout is compiled in three ways: as a loop, as a loop with canonical convolutions
 (examples/canonical_convolutions.py), and unrolled (`unroll=True`). Compile time, memory and run
 time are those of the loss and of its gradients, for convolutional networks in 1D and 2D. The
-results are in docs/cost.md.
+table, which is printed from the rows of the CSV file, is in docs/cost.md.
 
     python benchmarks/convolutions_on_cpu.py             on a machine with nothing else to do
     python benchmarks/convolutions_on_cpu.py --quick     a selection, to see that it runs
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import study  # noqa: F401, for the modules of the examples
+import study  # makes the examples importable
 from canonical_convolutions import canonical_convolutions
 from common import COLORS, ConvNet as Layers, save_figure
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from residuum import Cuts, residuum_loss
 
 
 NUM_STEPS, BATCH_SIZE, WIDTH = 20, 16, 16
+CSV = pathlib.Path("benchmarks/convolutions_on_cpu.csv")
 
 
 class ConvNet(eqx.Module):
@@ -77,12 +78,8 @@ def problems():
     }
 
 
-def heat_residuum(u_next, u_prev):  # one implicit Euler step of the heat equation
-    laplacian = sum(
-        jnp.roll(u_next, 1, axis) - 2 * u_next + jnp.roll(u_next, -1, axis)
-        for axis in range(1, u_next.ndim)
-    )
-    return u_next - u_prev - 0.01 * laplacian
+def heat_residuum(u_next, u_prev):
+    return study.heat_residuum(u_next, u_prev, axes=range(1, u_next.ndim), roll=jnp.roll)
 
 
 # What is computed: a transform of the loss, and the cut
@@ -138,21 +135,52 @@ def measure(case, network, data, num_steps, rounds):
     return {w: (*programs[w][1:], statistics.median(times[w])) for w in WAYS}, difference
 
 
-def print_row(name, case, row, difference):
-    cells = "".join(
-        f"{f'{compile_time:.1f} s {memory / 1e6:.1f} MB {1e3 * run_time:.0f} ms':>26}"
-        for compile_time, memory, run_time in row.values()
-    )
-    tqdm.write(f"{f'{name}, {case}':<27}{cells}{difference:>12.0e}")
+def csv_rows(name, case, num_steps, row, difference):
+    """One for each way. `difference` is the same in all of them."""
+    for way, (compile_time, memory, run_time) in row.items():
+        yield dict(
+            network=name,
+            case=case,
+            num_rollout_steps=num_steps,
+            way=way,
+            compile_s=compile_time,
+            temp_bytes=memory,
+            run_s=run_time,
+            difference=difference,
+            machine=study.machine(study.all_cores()),
+        )
 
 
-def draw(table):
+def table_of(rows):
+    """`{(network, case): {way: row}}`."""
+    table = {}
+    for row in rows:
+        table.setdefault((row["network"], row["case"]), {})[row["way"]] = row
+    return table
+
+
+def markdown(rows):
+    """Each cell has compile time, memory and run time."""
+    lines = []
+    for (name, case), ways in table_of(rows).items():
+        cells = [
+            f"{float(row['compile_s']):.1f} s / {float(row['temp_bytes']) / 1e6:.1f} MB / "
+            f"{1e3 * float(row['run_s']):.0f} ms"
+            for row in ways.values()
+        ]
+        difference = float(next(iter(ways.values()))["difference"])
+        lines.append([f"{name}, {case}", *cells, f"{difference:.0e}" if difference else "0"])
+    return study.markdown(["network, what", *WAYS, "difference"], lines)
+
+
+def draw(rows):
+    table = table_of(rows)
     colors = dict(zip(WAYS, (COLORS[1], COLORS[2], COLORS[0]), strict=True))
     names = list(dict.fromkeys(name for name, _ in table))
     figure, axes = plt.subplots(1, len(names), figsize=(11, 3), layout="constrained")
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         for i, (case, (j, way)) in enumerate(itertools.product(CASES, enumerate(WAYS))):
-            run_time = 1e3 * table[name, case][way][-1]
+            run_time = 1e3 * float(table[name, case][way]["run_s"])
             y = i + 0.8 * (i // len(WAYS))
             axis.barh(y, run_time, height=0.9, color=colors[way])
             axis.text(run_time, y, f" {way}, {run_time:.0f} ms", va="center", fontsize=8)
@@ -175,23 +203,29 @@ def main():
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("assets/convolutions_on_cpu.png")
     )
+    parser.add_argument("--csv", type=pathlib.Path, help=f"{CSV}; with --quick none")
     parser.add_argument("--quick", action="store_true", help="1D, two steps")
     args = parser.parse_args()
+    path = args.csv or (None if args.quick else CSV)
     chosen = problems()
     if args.quick:
         chosen, args.rollout_steps, args.rounds = {"1D": chosen["1D"]}, 2, 2
 
-    print(f"{args.rollout_steps} steps; each cell: compile time, memory, run time")
-    print(f"{'':<27}" + "".join(f"{way:>26}" for way in WAYS) + f"{'difference':>12}")
-    table = {}
+    rows = []
     with tqdm(total=len(chosen) * len(CASES)) as progress:
         for (name, problem), case in itertools.product(chosen.items(), CASES):
             network, data = problem
+            progress.set_description(f"{name}, {case}")
             row, difference = measure(case, network, data, args.rollout_steps, args.rounds)
-            table[name, case] = row
-            print_row(name, case, row, difference)
+            rows += csv_rows(name, case, args.rollout_steps, row, difference)
+            if path:
+                study.write_csv(path, rows)
             progress.update()
-    save_figure(args.output, draw(table))
+    if path:
+        rows = study.read_csv(path)
+    print(f"{args.rollout_steps} steps; each cell: compile time / memory / run time\n")
+    print(markdown(rows))
+    save_figure(args.output, draw(rows))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ docs/cost.md.
 
 import argparse
 import collections
-import csv
 import math
 import pathlib
 
 import matplotlib.patheffects
 import matplotlib.pyplot as plt
 import numpy as np
+import study
 
 
 COLUMNS = {  # of the figure, and their units
@@ -35,26 +35,15 @@ LABEL_SIZE = 8  # points
 
 
 def read(path):
-    rows = []
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            row.setdefault("derivative", "gradient")
-            row["num_rollout_steps"] = int(row["num_rollout_steps"])
-            for name in ("trace_s", "compile_s", "temp_bytes", "run_s"):
-                row[name] = float(row[name]) if row[name] else None
-            if row["compile_s"]:
-                row["compile_s"] += row["trace_s"] or 0
-            row["step_s"] = row["run_s"] and row["run_s"] / row["num_rollout_steps"]
-            rows.append(row)
+    rows = study.read_csv(path)
+    for row in rows:
+        row["num_rollout_steps"] = int(row["num_rollout_steps"])
+        for name in ("trace_s", "compile_s", "temp_bytes", "run_s"):
+            row[name] = float(row[name]) if row[name] else None
+        if row["compile_s"]:
+            row["compile_s"] += row["trace_s"] or 0
+        row["step_s"] = row["run_s"] and row["run_s"] / row["num_rollout_steps"]
     return rows
-
-
-def write_plainly(x, unit):
-    """Three digits and a prefix: 1.5 ms, 20 MB."""
-    prefixes = {"G": 1e9, "M": 1e6, "k": 1e3, "": 1, "m": 1e-3, "µ": 1e-6}
-    for prefix, scale in prefixes.items():
-        if x >= 0.9995 * scale or prefix == "µ":
-            return f"{x / scale:.3g} {prefix}{unit}"
 
 
 #
@@ -151,7 +140,7 @@ def draw_panel(axis, lines, column):
         room = max(4 / (high / low), 1.8) ** 0.5
         axis.set_ylim(low / room, high * room)
         axis.set_yticks(select_ticks(*axis.get_ylim()))
-        axis.yaxis.set_major_formatter(lambda y, _: write_plainly(y, unit))
+        axis.yaxis.set_major_formatter(lambda y, _: study.with_prefix(y, unit))
     axis.tick_params(labelsize=LABEL_SIZE)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -200,23 +189,22 @@ def spread_labels(axis):
 
 CELL = {
     "compile_s": lambda x: f"{x:.2f} s",
-    "temp_bytes": lambda x: write_plainly(x, "B"),
-    "run_s": lambda x: write_plainly(x, "s"),
+    "temp_bytes": lambda x: study.with_prefix(x, "B"),
+    "run_s": lambda x: study.with_prefix(x, "s"),
 }
 
 
 def print_table(rows, header, name):
     """A line for each group of rows of the same `name(row)`, and choice of our options.
 
-    Each cell has compile time, memory and run time, in bold where a peer is ahead of all that
-    we offer in the group by more than 5 %.
+    Each cell has compile time, memory and run time, in bold where a baseline is ahead of all
+    options of residuum in the group by more than 5 %.
     """
     groups = collections.defaultdict(dict)
     for row in rows:
         groups[name(row)][row["peer"]] = row
     peers = [peer for peer in PEERS if any(peer in group for group in groups.values())]
-    print(f"| {header} | options | residuum | " + " | ".join(peers) + " |")
-    print("| --- | --- |" + " ---: |" * (1 + len(peers)))
+    lines = []
     for title, group in groups.items():
         ours = {x: row for x, row in group.items() if x.startswith("residuum")}
         best = {
@@ -225,16 +213,17 @@ def print_table(rows, header, name):
         }
         for peer, row in ours.items():
             options = peer.removeprefix("residuum").removeprefix(", ")
-            # The peers have no options but the canonical convolutions.
+            # The baselines have no options but the canonical convolutions.
             suffix = {"": "", "canonical": ", canonical"}.get(options)
             options = options.replace("=", " = ").replace("canonical", "canonical convolutions")
             cells = [write_cell(row)]
             for x in peers:
                 found = suffix is not None and group.get(x + suffix)
                 cells.append(write_cell(found, best) if found else "")
-            print("| " + " | ".join([title, options, *cells]) + " |")
+            lines.append([title, options, *cells])
             title = ""
-    print()
+    columns = [header, "options", "residuum", *peers]
+    print(study.markdown(columns, lines, num_names=2) + "\n")
 
 
 def write_cell(row, best=None):

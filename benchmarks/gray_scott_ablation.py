@@ -16,17 +16,15 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 import study  # makes the examples importable
 
 
 # isort: split
 import common
 import gray_scott
-from canonical_convolutions import canonical_convolutions
 from gray_scott import CHANGE_SIZE, FIELD_MEAN, FIELD_SIZE, HIGHEST_RATES, LOWEST_RATES, State
 
-from residuum import Cuts, residuum_loss
+from residuum import Cuts
 
 
 class Recipe(NamedTuple):
@@ -39,8 +37,8 @@ class Recipe(NamedTuple):
     bilinear: bool = True  # else GELU
     num_rollout_steps: int = 1  # with a replay buffer, the next update continues from there
     cuts: Cuts = Cuts()
-    buffer_size: int = gray_scott.BUFFER_SIZE  # 0: new random states for each update
-    batch_size: int = gray_scott.BATCH_SIZE
+    buffer_size: int = 64  # 0: new random states for each update
+    batch_size: int = 4
 
 
 ROWS: dict[str, dict] = {
@@ -75,8 +73,8 @@ STEPS = (1, 10, 50, 100)
 
 
 def make_residuum_fn(recipe):
-    def residuum_fn(next, prev):
-        residual = gray_scott.imex_euler(next, prev)
+    def residuum_fn(u_next, u_prev):
+        residual = gray_scott.imex_euler(u_next, u_prev)
         if recipe.precondition:
             residual = gray_scott.invert_diffusion(residual)
         return residual / CHANGE_SIZE if recipe.scale_residuals else residual
@@ -108,53 +106,20 @@ class Emulator(eqx.Module):
         return State(mean + size * output, state.rates)
 
 
-def make_update(recipe, num_updates, learning_rate=LEARNING_RATES[0]):
-    """Returns `start: key -> carry` and `update: carry, key -> carry, loss`. The carry consists
-    of the emulator, the state of the optimizer, and the replay buffer."""
-    schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    residuum_fn = make_residuum_fn(recipe)
-    options = dict(num_rollout_steps=recipe.num_rollout_steps, cuts=recipe.cuts)
-
-    def start(key):
-        stepper = Emulator(recipe, key)
-        opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
-        buffer_size = recipe.buffer_size or recipe.batch_size
-        return stepper, opt_state, gray_scott.random_states(key, buffer_size)
-
-    @eqx.filter_jit
-    @canonical_convolutions
-    def update(carry, key):
-        stepper, opt_state, buffer = carry
-        sample_key, replay_key, states_key = jax.random.split(key, 3)
-        batch = (recipe.batch_size,)
-        samples = jax.random.choice(sample_key, len(buffer.rates), batch, replace=False)
-        data = jax.tree.map(lambda x: x[samples, None], buffer)
-        loss_fn = lambda stepper: residuum_loss(
-            stepper, data, residuum_fn, has_aux=True, **options
-        )
-        (loss, aux), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(stepper)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        stepper = eqx.apply_updates(stepper, updates)
-
-        final = aux.final_state
-        fresh = gray_scott.random_states(states_key, recipe.batch_size)
-        lost = ~jnp.all(jnp.abs(final.fields) < 2, axis=(1, 2, 3))
-        share = 0.01 if recipe.buffer_size else 1.0
-        states = common.replay(final, fresh, lost=lost, share=share, key=replay_key)
-        buffer = jax.tree.map(lambda x, y: x.at[samples].set(y), buffer, states)
-        return (stepper, opt_state, buffer), loss / recipe.num_rollout_steps
-
-    return start, update
-
-
-def train(recipe, *, num_updates, key, learning_rate=LEARNING_RATES[0]):
-    """Returns the emulator, and the seconds that training took."""
-    start_key, updates_key = jax.random.split(key)
-    start, update = make_update(recipe, num_updates, learning_rate)
-    keys = jax.random.split(updates_key, num_updates)
-    (stepper, *_), seconds = common.train(update, start(start_key), keys)
-    return stepper, seconds
+def make_training(recipe, key, **options):
+    """The carry and the update of `gray_scott.make_training`."""
+    model_key, buffer_key = jax.random.split(key)
+    return gray_scott.make_training(
+        Emulator(recipe, model_key),
+        buffer_key,
+        residuum_fn=make_residuum_fn(recipe),
+        num_rollout_steps=recipe.num_rollout_steps,
+        cuts=recipe.cuts,
+        buffer_size=recipe.buffer_size or recipe.batch_size,
+        batch_size=recipe.batch_size,
+        fresh_share=0.01 if recipe.buffer_size else 1.0,
+        **options,
+    )
 
 
 #
@@ -226,18 +191,21 @@ def main():
         args.rows, rates, num_test = ("no pool",), LEARNING_RATES[:1], 4
 
     train_key, test_key = jax.random.split(jax.random.key(args.seed))
-    tests = gray_scott.test_states(test_key, num_test)
+    start_key, updates_key = jax.random.split(train_key)
+    tests = gray_scott.evaluation_states(test_key, num_test)
     row = {"row": "persistence", "learning rate": "", "updates": "", "seconds": ""}
     rows = [row | evaluate(lambda state: state, tests)]
     for name in args.rows:
         recipe, num_updates = Recipe(**ROWS[name]), 5
         if not args.quick:
-            start, update = make_update(recipe, num_updates=10)
-            seconds = study.seconds_per_update(update, start(train_key), train_key)
+            carry, update = make_training(recipe, start_key, num_updates=10)
+            seconds = study.seconds_per_update(update, carry, updates_key)
             num_updates = int(60 * args.minutes / seconds)
         for rate in rates:
-            options = dict(num_updates=num_updates, key=train_key, learning_rate=rate)
-            stepper, seconds = train(recipe, **options)
+            options = dict(num_updates=num_updates, learning_rate=rate)
+            carry, update = make_training(recipe, start_key, **options)
+            keys = jax.random.split(updates_key, num_updates)
+            (stepper, *_), seconds = common.train(update, carry, keys)
             row = {"row": name, "learning rate": rate, "updates": num_updates}
             row |= {"seconds": round(seconds, 1), **evaluate(stepper, tests)}
             rows.append(row)

@@ -37,12 +37,12 @@ from common import (
     error_over_time as relative_error,
     LINES,
     print_table as print_texts,
-    replay,
     rollout,
     save_figure,
     show,
     train,
 )
+from replay_buffer import diverged, put_back, sample
 
 from residuum import Cuts, residuum_loss
 
@@ -179,11 +179,11 @@ def train_emulator(name, options, *, num_updates, key):
 
     def update(carry, key):
         stepper, opt_state, buffer = carry
-        choice_key, replay_key, states_key = jax.random.split(key, 3)
-        chosen = jax.random.choice(choice_key, BUFFER_SIZE, (BATCH_SIZE,), replace=False)
+        sample_key, replay_key, states_key = jax.random.split(key, 3)
+        samples, states = sample(buffer, BATCH_SIZE, sample_key)
         loss_fn = lambda stepper: residuum_loss(
             stepper,
-            buffer[chosen][:, None],  # with the one snapshot that is needed
+            states[:, None],  # with the one snapshot that is needed
             preconditioned_crank_nicolson,
             has_aux=True,
             **options,
@@ -191,16 +191,16 @@ def train_emulator(name, options, *, num_updates, key):
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(stepper)
         updates, opt_state = optimizer.update(grads, opt_state)
         stepper = optax.apply_updates(stepper, updates)
-
-        u = rollout.final_state
-        states = replay(
-            u,
-            initial_conditions(BATCH_SIZE, states_key),
-            lost=jnp.max(jnp.abs(u), axis=(1, 2)) > 10,
+        buffer = put_back(
+            buffer,
+            samples,
+            rollout.final_state,
+            fresh=initial_conditions(BATCH_SIZE, states_key),
+            lost=diverged(rollout.final_state, bound=10),
             share=0.001,
             key=replay_key,
         )
-        return (stepper, opt_state, buffer.at[chosen].set(states)), loss
+        return (stepper, opt_state, buffer), loss
 
     @jax.jit
     @canonical_convolutions  # without which convolutions in a loop are slow on a CPU
@@ -251,7 +251,7 @@ MODES = slice(2, 25)  # without the longest wave, of which there are too few sam
 STATISTICS_FROM = 200  # steps
 
 
-def judge(u, reference, num_parameters=np.nan, seconds=np.nan):
+def evaluate(u, reference, num_parameters=np.nan, seconds=np.nan):
     mse, error = (np.asarray(f(u, reference)) for f in (mean_squared_error, relative_error))
     energy, solver = (spectrum(v[:, STATISTICS_FROM:])[MODES] for v in (u, reference))
     too_large = np.append(~(error < 0.3), True)
@@ -342,7 +342,7 @@ def main():
         f"{steps} steps": dict(num_rollout_steps=steps),
         f"{2 * steps} steps, bptt=1": dict(num_rollout_steps=2 * steps, cuts=Cuts(bptt=1)),
     }
-    exact = judge(rollout(crank_nicolson_step, start, TEST_STEPS), reference)
+    exact = evaluate(rollout(crank_nicolson_step, start, TEST_STEPS), reference)
     first, rows = {"exact Crank–Nicolson": exact}, {name: [] for name in models}
     for seed in args.seed:
         for name, options in models.items():
@@ -350,7 +350,7 @@ def main():
                 name, options, num_updates=num_updates, key=jax.random.key(seed)
             )
             u = rollout(stepper, start, TEST_STEPS)
-            scores = judge(u, reference, num_parameters(stepper), seconds)
+            scores = evaluate(u, reference, num_parameters(stepper), seconds)
             rows[name].append(scores.row)
             if seed == args.seed[0]:
                 emulated, first[name] = u[0], scores

@@ -1,11 +1,11 @@
-"""What one gradient of a rollout costs: residuum and its peers, side by side.
+"""What one gradient of a rollout costs: residuum and its baselines, side by side.
 
-Measures trace and compile time, temporaries (`temp_size_in_bytes`, deterministic) and run
-time of the value and gradient of the same loss, on the same networks and data. All peers of
-a row run in one process and take turns, so that the noise of the machine hits all alike; run
-times are medians. Before it is timed, every peer has to return the same loss.
+The study measures trace and compile time, temporaries (`temp_size_in_bytes`, deterministic) and
+run time of the value and gradient of the same loss, on the same networks and data. All programs
+of a case run in one process and take turns, so that the noise of the machine hits all alike;
+run times are medians. Before they are timed, all programs have to return the same loss.
 
-The peers:
+residuum and the baselines, as the column `peer` of the CSV file names them:
 
 - `residuum`, with its defaults, and with the options that its user would choose:
   `checkpoint=True` or, for 50 steps and more, `checkpoint=k` with k near the root of their
@@ -20,8 +20,8 @@ The peers:
   one, in a process that has compiled before;
 - `limit`: as many calls of a jitted one-step value and gradient as there are steps;
 - `..., canonical`: of a convolutional network, the same with `canonical_convolutions` of
-  `examples/canonical_convolutions.py`. `unroll=True` has no such row, since it is straight
-  code. So is trainax, which has one to show that nothing changes.
+  `examples/canonical_convolutions.py`. `unroll=True` has no such row, since it contains no
+  loop. Neither does trainax, which has such a row to show that nothing changes.
 
 Derivatives other than the gradient are measured for the MLP and 50 steps: `forward` is
 `jax.jvp` of the loss with respect to the parameters, and `hvp` a Hessian-vector product,
@@ -31,8 +31,8 @@ equinox has no forward mode.
 What is left out for the sake of time: Python loops, and PyTorch, of more than 50 steps (a
 U-Net: 5, and no PyTorch); more than 200 steps of convolutions in 2D, and 50 of the U-Net;
 `bptt=5` for these two, and for the others at all lengths but 50. `--cuts` and `--steps` measure
-more. A program that would run for more than 20 s, judged by the shorter rollouts, is compiled
-but not run: of convolutions in 2D only the canonical ones run for 50 steps and more.
+more. A program that would run for more than 20 s, estimated from the shorter rollouts, is
+compiled but not run: of convolutions in 2D only the canonical ones run for 50 steps and more.
 
 What this shows on two CPU cores:
 
@@ -54,10 +54,8 @@ What this shows on two CPU cores:
 
 import argparse
 import collections
-import csv
 import os
 import pathlib
-import platform
 import random
 import re
 import statistics
@@ -70,7 +68,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pdequinox
-import study  # noqa: F401, makes the examples importable
+import study  # makes the examples importable
 import trainax
 from canonical_convolutions import canonical_convolutions
 from tqdm import tqdm
@@ -109,14 +107,13 @@ ROUNDS = {5: 1, 2: 3, 0: 5}  # what runs so many seconds runs so often, at least
 
 
 #
-# The problem: an implicit Euler step of the heat equation, for one sample or a batch
+# The problem, for one sample or a batch
 #
 
 
 def heat_residuum(u_next, u_prev, roll=jnp.roll):
     axes = (-1,) if u_next.shape[-1] == NUM_POINTS else (-2, -1)
-    laplacian = sum(roll(u_next, 1, a) - 2 * u_next + roll(u_next, -1, a) for a in axes)
-    return u_next - u_prev - 0.01 * laplacian
+    return study.heat_residuum(u_next, u_prev, axes, roll)
 
 
 #
@@ -205,8 +202,8 @@ def make_problems(names):
 
 
 #
-# The peers. Each takes `(stepper, data, num_steps, k)` and returns the loss; `k` is the
-# number of steps between cuts, or False
+# residuum and its baselines. Each takes `(stepper, data, num_steps, k)` and returns the loss;
+# `k` is the number of steps between cuts, or False
 #
 
 
@@ -252,7 +249,7 @@ def equinox_scan(step, init, xs):
 
 
 def select_peers(network_name, cut_name, num_steps, derivative):
-    """The loss of every peer, and the transformation that its derivative goes through."""
+    """The loss of residuum and of each baseline, and the transformation of its derivative."""
     peers = {"residuum": residuum_peer()}
     if num_steps > 1:
         if cut_name == "no cut":
@@ -413,10 +410,10 @@ def flatten(value):
 
 
 def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds, step_s):
-    """A row of the table for every peer.
+    """A row of the table for residuum with each choice of options and for each baseline.
 
-    `step_s` has the run time for each time step of the peers, from the shorter rollouts; that
-    of this one is added.
+    `step_s` has their run times for each time step, from the shorter rollouts; that of this
+    rollout is added.
     """
     k = CUTS[cut_name]
     programs, rows = {}, {}
@@ -448,7 +445,7 @@ def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds
     times = {peer: [] for peer in programs}
     deadline = time.perf_counter() + seconds
     while unfinished := [p for p in programs if not is_measured(times[p], deadline)]:
-        # In random order: who runs behind a peer of as much memory finds it mapped already.
+        # In random order: who runs after a program of as much memory finds it mapped already.
         for peer in random.sample(unfinished, len(unfinished)):
             times[peer].append(time_call(programs[peer]))
     for peer, samples in times.items():
@@ -471,18 +468,6 @@ def is_measured(samples, deadline):
     num_rounds = next(rounds for seconds, rounds in ROUNDS.items() if run_time >= seconds)
     time_is_up = time.perf_counter() > deadline
     return len(samples) >= num_rounds and (time_is_up or len(samples) >= 50)
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if jax.default_backend() != "cpu":
-        model = jax.devices()[0].device_kind
-    elif cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = f"{lines[0].split(':')[1].strip()}, {os.cpu_count()} cores"
-    versions = [f"{m.__name__} {m.__version__}" for m in (jax, torch) if m is not None]
-    return ", ".join([model, *versions])
 
 
 FIELDS = ["network", "cut", "num_rollout_steps", "derivative", "peer"]
@@ -524,17 +509,13 @@ def main():
         args.networks, args.steps, args.seconds = ("MLP", "FNO"), (1, 10), 0.5
     cases = {name: list(select_cases(name, args.cuts, args.steps)) for name in args.networks}
 
-    print(machine())
+    machine = study.machine(study.all_cores(), *([torch] if torch else []))
+    print(machine)
     if torch is not None:
         warnings.filterwarnings("ignore", module="torch")  # on complex numbers, see above
         start_torch_compiler()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        args.output.open("w", newline="") as file,
-        tqdm(total=sum(map(len, cases.values()))) as progress,
-    ):
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
+    all_rows = []
+    with tqdm(total=sum(map(len, cases.values()))) as progress:
         for name, network, data in make_problems(args.networks):
             limit, _ = compile_peer(residuum_peer(), network, data, 1, False)
             step_s = collections.defaultdict(dict)
@@ -550,8 +531,8 @@ def main():
                     args.seconds,
                     step_s[cut, derivative],
                 )
-                writer.writerows(row | dict(machine=machine()) for row in rows)
-                file.flush()
+                all_rows += [row | dict(machine=machine) for row in rows]
+                study.write_csv(args.output, all_rows, FIELDS)
                 progress.update()
 
 

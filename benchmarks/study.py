@@ -1,7 +1,13 @@
-"""What the studies share: the problems of the examples, tables in CSV files, and seeds."""
+"""What the studies share: the path to the examples, CSV files, tables, seeds and the machine.
+
+It imports nothing beyond the standard library, since some studies configure JAX first.
+"""
 
 import csv
+import os
 import pathlib
+import platform
+import re
 import statistics
 import sys
 import time
@@ -11,11 +17,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))  # whose problems the studies train
 
 
-def write_csv(path, rows):
-    """Rows `[{column: value}]`, all with the same columns."""
+#
+# CSV files
+#
+
+
+def write_csv(path, rows, columns=None):
+    """Rows `[{column: value}]`, with the columns of the first one unless `columns` are given.
+
+    What a row lacks is left empty. Call it after each row: then a study that is interrupted
+    keeps what it has measured.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -25,15 +40,41 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def markdown(columns, rows):
-    """A table for the documentation: names on the left, numbers on the right."""
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+#
+# Tables
+#
+
+
+def markdown(columns, rows, num_names=1):
+    """A table for the documentation: `num_names` columns of names, then numbers."""
+    numbers = ["---:"] * (len(columns) - num_names)
+    lines = [columns, ["---"] * num_names + numbers, *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def with_prefix(x, unit):
+    """Three digits and a prefix: 1.5 ms, 20 MB."""
+    prefixes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1, "m": 1e-3, "µ": 1e-6}
+    for prefix, scale in prefixes.items():
+        if x >= 0.9995 * scale or prefix == "µ":
+            return f"{x / scale:.3g} {prefix}{unit}"
 
 
 def over_seeds(values):
     """Median, least and most."""
     return statistics.median(values), min(values), max(values)
+
+
+#
+# Measuring
+#
+
+
+def heat_residuum(u_next, u_prev, axes, roll):
+    """One implicit Euler step of the heat equation, periodic in `axes`, by `roll` of any
+    library."""
+    laplacian = sum(roll(u_next, 1, a) - 2 * u_next + roll(u_next, -1, a) for a in axes)
+    return u_next - u_prev - 0.01 * laplacian
 
 
 def seconds_per_update(update, carry, key, num_updates=10):
@@ -45,3 +86,26 @@ def seconds_per_update(update, carry, key, num_updates=10):
         carry, loss = update(carry, key)
     loss.block_until_ready()
     return (time.perf_counter() - start) / num_updates
+
+
+def machine(share, *modules):
+    """The accelerator, or the processor and the `share` of it in use ("2 cores", say); the
+    versions of JAX and of further modules."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        model = f"{processor()}, {share}"
+    else:
+        model = jax.devices()[0].device_kind
+    return ", ".join([model, *(f"{m.__name__} {m.__version__}" for m in (jax, *modules))])
+
+
+def all_cores():
+    return f"{os.cpu_count()} cores"
+
+
+def processor():
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return names[0].strip() if names else platform.processor() or platform.machine()

@@ -34,7 +34,6 @@ import itertools
 import multiprocessing
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -54,7 +53,7 @@ import burgers
 import lorenz
 import published_kuramoto_sivashinsky as kuramoto_sivashinsky
 from canonical_convolutions import canonical_convolutions
-from common import replay
+from replay_buffer import diverged, put_back, sample
 
 from residuum import Cuts, residuum_loss
 
@@ -177,26 +176,31 @@ def make_training(problem, cuts, num_rollout_steps, key):
     def update(state, i, num_updates):
         params, opt_state, buffer = state
         keys = jax.random.split(jax.random.fold_in(updates_key, i), 3)
-        batch = (problem.batch_size,)
-        samples = jax.random.choice(keys[0], problem.buffer_size, batch, replace=False)
+        samples, states = sample(buffer, problem.batch_size, keys[0])
 
         def loss_fn(params):
             stepper = functools.partial(problem.apply, eqx.combine(params, static))
-            data = buffer[samples][:, None]
-            return residuum_loss(stepper, data, problem.residuum_fn, **options)
+            return residuum_loss(stepper, states[:, None], problem.residuum_fn, **options)
 
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         direction, opt_state = optimizer.update(grads, opt_state)
+        # The schedule is written out, because `num_updates` is an argument: one program serves
+        # any number of updates, which is known only after some of them were timed.
         progress = i / num_updates
         schedule = jnp.minimum(20 * progress, (1 + jnp.cos(jnp.pi * progress)) / 2)
         rate = problem.learning_rate * schedule
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
 
-        final = rollout.final_state
-        lost = ~(jnp.max(jnp.abs(final.reshape(*batch, -1)), axis=1) < problem.bound)  # or NaN
-        fresh = problem.initial_conditions(problem.batch_size, keys[2])
-        states = replay(final, fresh, lost=lost, share=problem.fresh_share, key=keys[1])
-        return State(params, opt_state, buffer.at[samples].set(states)), loss
+        buffer = put_back(
+            buffer,
+            samples,
+            rollout.final_state,
+            fresh=problem.initial_conditions(problem.batch_size, keys[2]),
+            lost=diverged(rollout.final_state, problem.bound),
+            share=problem.fresh_share,
+            key=keys[1],
+        )
+        return State(params, opt_state, buffer), loss
 
     buffer = problem.initial_conditions(problem.buffer_size, buffer_key)
     return State(params, optimizer.init(params), buffer), update
@@ -286,16 +290,7 @@ def run_case(case):
     params, columns = train(PROBLEMS[name], CUTS[cut], num_rollout_steps, key, seconds)
     row = dict(problem=name, cut=cut, num_rollout_steps=num_rollout_steps, seed=seed)
     row |= dict(error=float(make_evaluation(name)(params)))
-    return row | columns | dict(machine=machine())
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":")[1].strip() if lines else model
-    return f"{model}, a core each, jax {jax.__version__}"
+    return row | columns | dict(machine=study.machine("a core each"))
 
 
 def start_worker(cores):

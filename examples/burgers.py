@@ -106,7 +106,7 @@ def train_emulator(name, loss_fn, data, *, num_updates, key):
     opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
 
     @eqx.filter_jit
-    def update(carry, key):
+    def update(data, carry, key):
         stepper, opt_state = carry
         samples = jax.random.choice(key, NUM_TRAIN, (BATCH_SIZE,), replace=False)
         loss, grads = eqx.filter_value_and_grad(loss_fn)(stepper, data[samples])
@@ -114,7 +114,8 @@ def train_emulator(name, loss_fn, data, *, num_updates, key):
         return (eqx.apply_updates(stepper, updates), opt_state), loss
 
     keys = jax.random.split(batch_key, num_updates)
-    (stepper, _), seconds = train(update, (stepper, opt_state), keys, name)
+    carry = stepper, opt_state
+    (stepper, _), seconds = train(partial(update, data), carry, keys, name)
     return stepper, seconds
 
 
@@ -132,10 +133,12 @@ def main():
             num_rollout_steps=2 * steps, cuts=Cuts(bptt=steps)
         ),
     }
-    trajectories, seconds = {"persistence": rollout(lambda u: u, test_set, TEST_STEPS)}, {}
+    data = train_set[:, None]  # with one snapshot, the initial condition
+    trajectories = {"persistence": rollout(lambda u: u, test_set, TEST_STEPS)}
+    seconds = {}
     for name, options in models.items():
+        # Unrolled, because XLA runs convolutions in a loop slowly on a CPU.
         loss_fn = partial(residuum_loss, residuum_fn=crank_nicolson, unroll=True, **options)
-        data = train_set[:, None]  # with the one snapshot that is needed
         stepper, seconds[name] = train_emulator(
             name, loss_fn, data, num_updates=args.updates, key=model_key
         )
@@ -151,9 +154,11 @@ def main():
     figure, axes = plt.subplots(
         1, 3, figsize=(11, 3.4), width_ratios=(1, 1, 1.4), layout="constrained"
     )
-    pictures = {"reference solver": reference, f"emulator, {name}": trajectories[name]}
+    last = list(models)[-1]
+    pictures = {"reference solver": reference, f"emulator, {last}": trajectories[last]}
+    extent = (TEST_STEPS * DT, DOMAIN_EXTENT)
+    limit = jnp.max(jnp.abs(reference[0]))
     for axis, (title, u) in zip(axes, pictures.items(), strict=False):
-        extent, limit = (TEST_STEPS * DT, DOMAIN_EXTENT), jnp.max(jnp.abs(reference[0]))
         image = show(axis, title, u[0, :, 0], extent, vmin=-limit, vmax=limit)
         axis.set(xlabel="time t", ylabel="position x")
     figure.colorbar(image, ax=axes[1], label="u")

@@ -1,20 +1,20 @@
 """A function to copy: it makes convolutions in loops on a CPU as fast as outside of loops.
 
-A rollout is a loop. On a CPU, XLA compiles a convolution in a loop to code that takes 2 to 35
-times as long as outside (https://github.com/jax-ml/jax/issues/12868), because its fast kernels
-need one layout: batch, space, features for the data; space, input features, output features for
-the kernel. JAX has another layout, and the two gradients of a convolution have yet others.
-XLA's pass that converts them, `ConvCanonicalization`, visits the entry computation of a program
-and not the bodies of its loops. `canonical_convolutions` does the work of that pass: it traces
-a function and puts every convolution in it between transposes.
+On a CPU, XLA compiles a convolution in a loop, such as a rollout, to code that takes many times
+as long as outside (https://github.com/jax-ml/jax/issues/12868). Its fast kernels need one
+layout: batch, space, features for the data; space, input and output features for the kernel.
+JAX has another, and the gradients of a convolution have yet others. XLA's pass that converts
+them, `ConvCanonicalization`, visits a program's entry computation and not the bodies of loops.
+`canonical_convolutions` does its work: it puts every convolution between transposes.
 
     update = jax.jit(canonical_convolutions(jax.value_and_grad(loss)))
 
-Convolutions for which XLA has no fast kernels stay as they are: float64, complex numbers, and
-grouped ones (depthwise, or vmapped over kernels), where its kernels are slower than the loops.
-On an accelerator the transposes are in the way. Measured by benchmarks/convolutions_on_cpu.py.
+It leaves alone what XLA has no fast kernels for (float64, complex numbers), and grouped
+convolutions, for which the kernels are slower than the loops. On an accelerator the transposes
+are in the way. benchmarks/convolutions_on_cpu.py measures it.
 """
 
+import contextlib
 import copy
 import functools
 from typing import Any
@@ -27,36 +27,30 @@ from jax.core import eval_jaxpr
 def canonical_convolutions(fun):
     """`fun`, with its convolutions in the layout of XLA's fast kernels for a CPU.
 
-    **Arguments:**
+    - `fun`: any function that JAX can trace. Take gradients inside, as above: outside they are
+        right, but slow. Leaves that are not arrays go through as they are.
 
-    - `fun`: any function that JAX can trace. Leaves that are not arrays go through as they are.
-        Take gradients inside, `canonical_convolutions(jax.grad(f))`: outside they are right,
-        but slow.
-
-    **Returns:**
-
-    A function with the same arguments and results, up to rounding. Call it inside `jax.jit`,
-    since each call traces `fun`. It may be vmapped.
+    Returns a function with the same arguments and results, up to rounding. Call it inside
+    `jax.jit`, since each call traces `fun`. It may be vmapped.
     """
 
     @functools.wraps(fun)
     def canonical(*args, **kwargs):
         structure: Any = None
-        others: list[Any] = []
+        others: list[Any] = []  # results that are not traced, None for those that are
+        is_traced = lambda x: isinstance(x, jax.core.Tracer)
 
         def arrays():
             nonlocal structure, others
             leaves, structure = jax.tree.flatten(fun(*args, **kwargs))
-            is_traced = [isinstance(x, jax.core.Tracer) for x in leaves]
-            others = [None if t else x for t, x in zip(is_traced, leaves, strict=True)]
-            return [x for t, x in zip(is_traced, leaves, strict=True) if t]
+            others = [None if is_traced(x) else x for x in leaves]
+            return [x for x in leaves if is_traced(x)]
 
         # The arguments are closed over, so that what is not an array stays what it is.
         jaxpr = jax.make_jaxpr(arrays)()
         results = iter(eval_jaxpr(_canonical(jaxpr.jaxpr), jaxpr.consts))
-        return jax.tree.unflatten(
-            structure, [next(results) if x is None else x for x in others]
-        )
+        leaves = [next(results) if x is None else x for x in others]
+        return jax.tree.unflatten(structure, leaves)
 
     return canonical
 
@@ -72,11 +66,16 @@ def _canonical(x):
         return x.replace(eqns=[new for eqn in x.eqns for new in _canonical_eqns(eqn)])
     # A primitive that lowers a jaxpr of its own (JAX_REMAT3, JAX_CUSTOM_JVP3, JAX_CUSTOM_VJP3)
     # has it, or a traced function with it, among its parameters, which are attributes as well.
-    for name in ("params", "_params"):
-        if type(x).__module__.startswith("jax.") and isinstance(getattr(x, name, None), dict):
-            x, params = copy.copy(x), _canonical(getattr(x, name))
-            setattr(x, name, params)
-            vars(x).update(params if name == "params" else {})
+    name = "params" if hasattr(x, "params") else "_params"
+    if type(x).__module__.startswith("jax.") and isinstance(getattr(x, name, None), dict):
+        with contextlib.suppress(
+            AttributeError, TypeError
+        ):  # a newer JAX may build it otherwise
+            new, params = copy.copy(x), _canonical(getattr(x, name))
+            setattr(new, name, params)
+            if name == "params":
+                vars(new).update(params)
+            return new
     return x
 
 
@@ -97,12 +96,12 @@ def _canonical_eqns(eqn):
     for x in [x for new in jaxpr.eqns for x in new.outvars]:
         x.aval = eqn.outvars[0].aval.update(**{k: getattr(x.aval, k, None) for k in kept})
     names = dict(zip(jaxpr.invars + jaxpr.outvars, eqn.invars + eqn.outvars, strict=True))
-    renamed = lambda xs: [names.get(x, x) for x in xs]
-    return [
-        eqn.replace(primitive=new.primitive, params=new.params, invars=invars, outvars=outvars)
-        for new in jaxpr.eqns
-        for invars, outvars in [(renamed(new.invars), renamed(new.outvars))]
-    ]
+    new_eqns = []
+    for new in jaxpr.eqns:
+        invars, outvars = ([names.get(x, x) for x in xs] for xs in (new.invars, new.outvars))
+        own = dict(primitive=new.primitive, params=new.params, invars=invars, outvars=outvars)
+        new_eqns.append(eqn.replace(**own))
+    return new_eqns
 
 
 def _convolve(lhs, rhs, *, dimension_numbers, **params):

@@ -1,4 +1,4 @@
-"""What the examples share: options, a ConvNet, training, a replay buffer, errors, figures."""
+"""What the examples share: options, a ConvNet, training, errors, figures."""
 
 import argparse
 import pathlib
@@ -16,18 +16,18 @@ from tqdm import tqdm
 
 
 def parse_options(description, output, **options):
-    """The options that every example has, and those of this one: each an int, or True (which
-    `--no-NAME` turns off), or a pair of defaults, the second one for `--quick`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Adds `--output`, `--quick`, `--seed` and the given options. A pair holds the default and
+    the value under `--quick`."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
     parser.add_argument("--output", type=pathlib.Path, default=output, help="%(default)s")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs")
-    pairs = {name: np.broadcast_to(x, 2).tolist() for name, x in {"seed": 0, **options}.items()}
-    for name, (default, quick) in pairs.items():
-        flag, text = f"--{name.replace('_', '-')}", f"{default}; with --quick {quick}"
+    pairs = {}
+    for name, x in {"seed": 0, **options}.items():
+        default, quick = pairs[name] = x if isinstance(x, tuple) else (x, x)
         kind = {"action": argparse.BooleanOptionalAction} if default is True else {"type": int}
-        parser.add_argument(flag, **kind, help=text)
+        text = f"{default}" if quick == default else f"{default}; with --quick {quick}"
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind, help=text)
     args = parser.parse_args()
     for name, pair in pairs.items():
         if getattr(args, name) is None:
@@ -50,26 +50,25 @@ class ConvNet(eqx.Module):
     """Layers `[channels[0], *space] -> ... -> [channels[-1], *space]`, periodic in space. Their
     weights have variance gain² / (3 fan-in), those of the last layer 0 if `zero_last`."""
 
+    # pdequinox has no bilinear activation, no dilations, and no last layer of zeros.
     layers: list[eqx.nn.Conv]
     activation: Callable = eqx.field(static=True)
 
     def __init__(self, num_spatial_dims, channels, kernel_sizes, *, activation=jax.nn.gelu,
                  dilations=None, gain=1.0, zero_last=False, key):  # fmt: skip
-        self.layers, self.activation = [], activation
-        for i, layer_key in enumerate(jax.random.split(key, len(kernel_sizes))):
-            is_last = i == len(kernel_sizes) - 1
-            layer = eqx.nn.Conv(
-                num_spatial_dims,
-                channels[i],
-                channels[i + 1] * (2 if activation is bilinear and not is_last else 1),
-                kernel_sizes[i],
-                dilation=dilations[i] if dilations else 1,
-                padding="SAME",
-                padding_mode="CIRCULAR",
-                key=layer_key,
-            )
-            scale = 0.0 if zero_last and is_last else gain
-            self.layers.append(jax.tree.map(partial(jnp.multiply, scale), layer))
+        self.activation = activation
+        factor = 2 if activation is bilinear else 1
+        outputs = [factor * n for n in channels[1:-1]] + [channels[-1]]
+        dilations = dilations or len(outputs) * [1]
+        keys = jax.random.split(key, len(outputs))
+        conv = partial(eqx.nn.Conv, num_spatial_dims, padding="SAME", padding_mode="CIRCULAR")
+        layers = [
+            conv(channels[i], outputs[i], kernel_sizes[i], dilation=dilations[i], key=keys[i])
+            for i in range(len(outputs))
+        ]
+        self.layers = jax.tree.map(lambda x: gain * x, layers)
+        if zero_last:
+            self.layers[-1] = jax.tree.map(jnp.zeros_like, layers[-1])
 
     def __call__(self, u):
         for layer in self.layers[:-1]:
@@ -89,16 +88,6 @@ def train(update, carry, keys, name=""):
     return carry, time.perf_counter() - start
 
 
-def replay(final_state, fresh, *, lost, share, key):
-    """The states that go back into a replay buffer, leaves `[batch, ...]`: the final states of
-    a rollout, so that training moves on along the emulator's own trajectories. Where they are
-    `lost`, `bool[batch]`, and for a `share` of the others by chance, they are fresh ones."""
-    anew = lost | (jax.random.uniform(key, lost.shape) < share)
-    return jax.tree.map(
-        lambda x, y: jnp.where(anew.reshape(-1, *[1] * (x.ndim - 1)), x, y), fresh, final_state
-    )
-
-
 #
 # Evaluation
 #
@@ -112,12 +101,13 @@ def rollout(stepper, states, num_steps):
 
 def error_over_time(trajectories, reference):
     """nRMSE `[time]`: ‖u − reference‖ / ‖reference‖ of a state, mean over samples."""
+    # exponax.metrics.nRMSE normalises each channel separately and sums over the channels.
     norm = lambda u: jnp.sqrt(jnp.sum(u**2, axis=tuple(range(2, u.ndim))))
     return jnp.mean(norm(trajectories - reference) / norm(reference), axis=0)
 
 
 def print_table(heading, columns, rows):
-    """Of rows `{name: cells}`, all of them texts."""
+    """Prints rows `{name: cells}`, where all cells are strings."""
     print(f"\n{heading:<28}" + "".join(f"{column:>12}" for column in columns))
     for name, cells in rows.items():
         print(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))

@@ -10,7 +10,7 @@ If a process or the launcher dies, all processes end. With `--checkpoint DIR`, t
 then resumes from the last checkpoint, with any number of processes.
 
     python examples/data_parallel.py --num-processes 2        two processes on this machine
-    srun python examples/data_parallel.py --cluster           those that SLURM starts, say
+    srun python examples/data_parallel.py --cluster           processes started by SLURM
     python examples/data_parallel.py --quick                  in seconds, to see that it runs
 """
 
@@ -46,19 +46,17 @@ from residuum import residuum_loss
 
 
 def join(args):
-    """Makes this process one of several, as the command line says."""
+    """Makes this process one of several, as the command line or the cluster says."""
     if args.launched:
         end_with_launcher()
     if args.cpu_devices:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.cluster or args.num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        others = () if args.cluster else (args.coordinator, args.num_processes, args.process_id)
         timeout = args.heartbeat_timeout
         initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=timeout)
-        if args.cluster:  # which says who the others are
-            initialize()
-        else:
-            initialize(args.coordinator, args.num_processes, args.process_id)
+        initialize(*others)
 
 
 #
@@ -75,7 +73,7 @@ def save(path, training):
     with unfinished.open("wb") as file:
         eqx.tree_serialise_leaves(file, training)
         file.flush()
-        os.fsync(file.fileno())  # in case the machine dies, too
+        os.fsync(file.fileno())  # even if the machine dies
     unfinished.replace(path)
 
 
@@ -121,7 +119,7 @@ def train(stepper, train_set, args, num_updates, checkpoint=None):
 
     is_first = jax.process_index() == 0
     if is_first and start > 0:
-        print(f"goes on after {start} of {num_updates} updates", flush=True)
+        print(f"resumes after {start} of {num_updates} updates", flush=True)
     own = np.split(np.arange(BATCH_SIZE), jax.process_count())[jax.process_index()]
     updates = range(start, num_updates)
     for i in tqdm(updates, initial=start, total=num_updates, disable=not is_first):
@@ -168,7 +166,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--rollout-steps", type=int, default=5)
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder to save to, go on from")
+    folder = "folder for checkpoints; training resumes from it"
+    parser.add_argument("--checkpoint", type=pathlib.Path, help=folder)
     parser.add_argument("--checkpoint-every", type=int, default=100, help="updates")
     parser.add_argument("--num-processes", type=int, default=1)
     parser.add_argument("--process-id", type=int, help="if not all are started from here")
@@ -183,10 +182,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="20 updates")
     args = parser.parse_args()
     if args.num_processes > 1 and args.process_id is None:
-        died = launch(args.num_processes)
-        resumes = f"goes on from the last checkpoint in {args.checkpoint}"
-        again = resumes if args.checkpoint else "starts anew, because no --checkpoint was given"
-        sys.exit(died and f"\n{died} The same command {again}.")
+        if died := launch(args.num_processes):
+            resumes = f"resumes from the last checkpoint in {args.checkpoint}"
+            anew = "starts anew, because no --checkpoint was given"
+            sys.exit(f"\n{died} The same command {resumes if args.checkpoint else anew}.")
+        return
     try:
         run(args)
     except Exception:

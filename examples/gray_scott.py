@@ -5,9 +5,9 @@ feed and kill rates: a problem that does not train at the first attempt.
     ∂v/∂t = 0.08 ∇²v + uv² − (feed + kill) v,   (x, y) periodic, with a mesh width of 1
 
 The residual is that of one Euler step, implicit in the diffusion and explicit in the reaction.
-What makes it train: scaled fields and residuals, preconditioning, a bilinear emulator that
-starts as the identity, small batches, and a replay buffer, so that the emulator learns from
-patterns that it has grown itself. docs/your_own_problem.md explains and measures each of these.
+What makes it train (docs/your_own_problem.md): scaled fields and residuals, an emulator that
+starts as the identity, small batches, and above all a replay buffer, so that it learns from
+patterns it has grown itself. Preconditioning and bilinearity cost nothing and gain little.
 
     python examples/gray_scott.py             trains and writes assets/gray_scott.png
     python examples/gray_scott.py --quick     the same in seconds, to see that it runs
@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from canonical_convolutions import canonical_convolutions
+from replay_buffer import diverged, put_back, sample
 
 from residuum import residuum_loss
 
@@ -31,12 +32,14 @@ from residuum import residuum_loss
 NUM_POINTS, DT = 64, 1.0
 DIFFUSIVITY = np.array([0.16, 0.08])[:, None, None]  # of u, v
 LOWEST_RATES, HIGHEST_RATES = np.array([0.03, 0.057]), np.array([0.05, 0.063])  # feed, kill
-BUFFER_SIZE, BATCH_SIZE = 64, 4
-NUM_TEST, TRANSIENT_STEPS, TEST_STEPS, REPORT_STEPS = 32, 200, 100, (1, 10, 50, 100)
+NUM_TEST, TRANSIENT_STEPS, TEST_STEPS = 32, 200, 100
+REPORT_STEPS = (1, 10, 50, 100)
 FIELDS = {"u and v": slice(0, 2), "u": slice(0, 1), "v": slice(1, 2)}  # for the errors
 
 
-class State(NamedTuple):  # with the rates, which both emulator and residual need
+class State(NamedTuple):
+    """Two fields, and the rates of this sample, which both emulator and residual need."""
+
     fields: jax.Array  # u and v, [2, NUM_POINTS, NUM_POINTS]
     rates: jax.Array  # feed and kill, [2]
 
@@ -58,10 +61,10 @@ def reaction(state):
     return jnp.stack([feed * (1 - u) - u * v**2, u * v**2 - (feed + kill) * v])
 
 
-def imex_euler(next, prev):
-    """Zero if `next` is one step of length `DT` after `prev`. `[2, NUM_POINTS, NUM_POINTS]`"""
-    slope = DIFFUSIVITY * laplacian(next.fields) + reaction(prev)
-    return next.fields - prev.fields - DT * slope
+def imex_euler(u_next, u_prev):
+    """Zero, for each field, if `u_next` is one step of length `DT` after `u_prev`."""
+    slope = DIFFUSIVITY * laplacian(u_next.fields) + reaction(u_prev)
+    return u_next.fields - u_prev.fields - DT * slope
 
 
 def invert_diffusion(fields):
@@ -76,35 +79,30 @@ def solver(state):
 
 def random_states(key, num_samples):
     """Initial conditions from which patterns grow: u = 1 and v = 0, except for twelve spots."""
-
-    def random_state(key):
-        keys = jax.random.split(key, 4)
-        centre = jax.random.uniform(keys[0], (12, 2, 1), maxval=NUM_POINTS)
-        width = jax.random.uniform(keys[1], (12, 1, 1), minval=2, maxval=4)
-        height = jax.random.uniform(keys[2], (12, 1, 1), minval=0.2, maxval=0.4)
-        distance = jnp.abs(jnp.arange(NUM_POINTS) - centre)
-        distance = jnp.minimum(distance, NUM_POINTS - distance) / width
-        profile = jnp.exp(-(distance**2) / 2)
-        v = jnp.max(height * profile[:, 0, :, None] * profile[:, 1, None, :], axis=0)
-        rates = jax.random.uniform(keys[3], (2,), minval=LOWEST_RATES, maxval=HIGHEST_RATES)
-        return State(jnp.stack([1 - 2 * v, v]), rates)
-
-    return jax.vmap(random_state)(jax.random.split(key, num_samples))
+    keys = jax.random.split(key, 4)
+    centre = jax.random.uniform(keys[0], (num_samples, 12, 2, 1), maxval=NUM_POINTS)
+    width = jax.random.uniform(keys[1], (num_samples, 12, 1, 1), minval=2, maxval=4)
+    height = jax.random.uniform(keys[2], (num_samples, 12, 1, 1), minval=0.2, maxval=0.4)
+    distance = (jnp.arange(NUM_POINTS) - centre + NUM_POINTS / 2) % NUM_POINTS - NUM_POINTS / 2
+    x, y = jnp.moveaxis(jnp.exp(-((distance / width) ** 2) / 2), 2, 0)
+    v = jnp.max(height * x[..., :, None] * y[..., None, :], axis=1)
+    rates = jax.random.uniform(keys[3], (num_samples, 2), float, LOWEST_RATES, HIGHEST_RATES)
+    return State(jnp.stack([1 - 2 * v, v], axis=1), rates)
 
 
 #
 # The emulator
 #
 
-# Measured once: mean and standard deviation of u and v in patterns, and the root mean square of
-# the residual of `next = prev`, i.e., of what one step changes.
-FIELD_MEAN, FIELD_SIZE = np.array([[0.75, 0.10], [0.25, 0.13]])[..., None, None]
+# Measured once: mean and standard deviation of u and v in patterns, and what one step changes.
+FIELD_MEAN = np.array([0.75, 0.10])[:, None, None]
+FIELD_SIZE = np.array([0.25, 0.13])[:, None, None]
 CHANGE_SIZE = np.array([2e-3, 1.5e-3])[:, None, None]
 
 
-def scaled_residual(next, prev):
-    """Preconditioned, and with a mean square of about 1 if `next = prev` (persistence)."""
-    return invert_diffusion(imex_euler(next, prev)) / CHANGE_SIZE
+def scaled_residual(u_next, u_prev):
+    """Preconditioned, and with a mean square of about 1 for persistence, `u_next = u_prev`."""
+    return invert_diffusion(imex_euler(u_next, u_prev)) / CHANGE_SIZE
 
 
 class Emulator(eqx.Module):
@@ -124,32 +122,30 @@ class Emulator(eqx.Module):
         return State(state.fields + change, state.rates)
 
 
-def train_emulator(*, num_updates, key):
-    init_key, updates_key = jax.random.split(key)
-    stepper, buffer = Emulator(init_key), random_states(init_key, BUFFER_SIZE)
-    schedule = optax.cosine_decay_schedule(1e-2, num_updates)
+def make_training(stepper, key, *, num_updates, learning_rate=1e-2, residuum_fn=scaled_residual,
+                  buffer_size=64, batch_size=4, fresh_share=0.01, **options):  # fmt: skip
+    """The carry (stepper, optimizer, replay buffer) and `update: carry, key -> carry, loss`."""
+    schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    carry = stepper, optimizer.init(eqx.filter(stepper, eqx.is_array)), buffer
+    opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
 
     @eqx.filter_jit
     @canonical_convolutions
     def update(carry, key):
         stepper, opt_state, buffer = carry
         sample_key, replay_key, states_key = jax.random.split(key, 3)
-        samples = jax.random.choice(sample_key, BUFFER_SIZE, (BATCH_SIZE,), replace=False)
-        data = jax.tree.map(lambda x: x[samples, None], buffer)  # [batch, num_snapshots, ...]
-        loss_fn = lambda stepper: residuum_loss(stepper, data, scaled_residual, has_aux=True)
-        (loss, aux), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(stepper)
+        samples, states = sample(buffer, batch_size, sample_key)
+        data = jax.tree.map(lambda x: x[:, None], states)  # [batch, num_snapshots, ...]
+        loss_fn = lambda model: residuum_loss(model, data, residuum_fn, has_aux=True, **options)
+        (loss, rollout), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(stepper)
         updates, opt_state = optimizer.update(grads, opt_state)
+        stepper = eqx.apply_updates(stepper, updates)
+        final_state, fresh = rollout.final_state, random_states(states_key, batch_size)
+        which = dict(lost=diverged(final_state.fields, bound=2), share=fresh_share)
+        buffer = put_back(buffer, samples, final_state, fresh, **which, key=replay_key)
+        return (stepper, opt_state, buffer), loss
 
-        fresh, final = random_states(states_key, BATCH_SIZE), aux.final_state
-        lost = ~jnp.all(jnp.abs(final.fields) < 2, axis=(1, 2, 3))  # diverged, NaN included
-        states = common.replay(final, fresh, lost=lost, share=0.01, key=replay_key)
-        buffer = jax.tree.map(lambda x, y: x.at[samples].set(y), buffer, states)
-        return (eqx.apply_updates(stepper, updates), opt_state, buffer), loss
-
-    (stepper, *_), _ = common.train(update, carry, jax.random.split(updates_key, num_updates))
-    return stepper
+    return (stepper, opt_state, random_states(key, buffer_size)), update
 
 
 #
@@ -157,7 +153,7 @@ def train_emulator(*, num_updates, key):
 #
 
 
-def test_states(key, num_samples):
+def evaluation_states(key, num_samples):
     """Unseen initial conditions with unseen rates, and the patterns that grow from them."""
     seeds = random_states(key, num_samples)
     grow = lambda state: jax.lax.fori_loop(0, TRANSIENT_STEPS, lambda _, s: solver(s), state)
@@ -168,30 +164,34 @@ def evaluate(stepper, states):
     """Fields `{name: [sample, time, 2, NUM_POINTS, NUM_POINTS]}` of solver, persistence and
     emulator, and the nRMSE of the latter two, `{"field, name": [time]}`."""
     steppers = {"solver": solver, "persistence": lambda state: state, "emulator": stepper}
-    fields = {k: common.rollout(f, states, TEST_STEPS).fields for k, f in steppers.items()}
+    u = {name: common.rollout(f, states, TEST_STEPS).fields for name, f in steppers.items()}
     errors = {}
     for (field, i), name in product(FIELDS.items(), ("persistence", "emulator")):
-        pair = fields[name][:, :, i], fields["solver"][:, :, i]
+        pair = u[name][:, :, i], u["solver"][:, :, i]
         errors[f"{field}, {name}"] = common.error_over_time(*pair)
-    return fields, errors
+    return u, errors
 
 
 def main():
     args = common.parse_options(__doc__, "assets/gray_scott.png", updates=(10000, 10))
-    train_key, test_key = jax.random.split(jax.random.key(args.seed))
-    stepper = train_emulator(num_updates=args.updates, key=train_key)
-    for start, states in test_states(test_key, 4 if args.quick else NUM_TEST).items():
-        fields, errors = evaluate(stepper, states)
+    keys = jax.random.split(jax.random.key(args.seed), 4)
+    carry, update = make_training(Emulator(keys[0]), keys[1], num_updates=args.updates)
+    (stepper, *_), _ = common.train(update, carry, jax.random.split(keys[2], args.updates))
+    tests = evaluation_states(keys[3], 4 if args.quick else NUM_TEST)
+    results = {start: evaluate(stepper, states) for start, states in tests.items()}
+    for start, (_, errors) in results.items():
         rows = {name: [f"{e[n]:.4f}" for n in REPORT_STEPS] for name, e in errors.items()}
         common.print_table(f"nRMSE from {start}", [f"step {n}" for n in REPORT_STEPS], rows)
 
+    fields, errors = results["patterns"]
     figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
     pictures = {name: fields[name][0, 50, 1] for name in ("solver", "emulator")}
     pictures["difference"] = pictures["emulator"] - pictures["solver"]
     for axis, (name, v) in zip(axes, pictures.items(), strict=False):
         image = common.show(axis, f"v, {name}, step 50", v, v.shape, cmap="viridis")
         figure.colorbar(image, ax=axis, shrink=0.8)
-    common.plot_errors(axes[3], DT, {x: e for x, e in errors.items() if "and" not in x})
+    names = ("u, persistence", "u, emulator", "v, persistence", "v, emulator")
+    common.plot_errors(axes[3], DT, {name: errors[name] for name in names})
     axes[3].legend(fontsize="small")
     common.save_figure(args.output, figure)
 

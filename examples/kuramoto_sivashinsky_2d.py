@@ -1,17 +1,19 @@
-"""Trains an emulator of the 2D Kuramoto–Sivashinsky equation on long rollouts in little memory.
+"""Trains an emulator of the 2D Kuramoto–Sivashinsky equation on long rollouts in little memory,
+by truncated backpropagation through time (`Cuts(bptt=k)`) and rematerialisation
+(`checkpoint=True`). A table shows the memory of a gradient with and without them.
 
     ∂u/∂t + ½|∇u|² + ∇²u + ∂⁴u/∂x⁴ + ∂⁴u/∂y⁴ = 0,   (x, y) periodic
 
-This is the form that exponax solves; others use the biharmonic operator. A table shows the
-memory of a gradient, with and without truncated backpropagation through time (`Cuts(bptt=k)`)
-and rematerialisation (`checkpoint=True`). The residual is preconditioned, because its fourth
-derivatives would drown everything else: the linear part of a step is inverted in Fourier
-space. Without any data, training continues from the final states of the previous rollout.
+This is the form that exponax solves; others use the biharmonic operator. Fourth derivatives
+would dominate the residual, so it is preconditioned: the linear part of a time step is inverted
+in Fourier space. Without any data, each rollout continues from the final states of the previous
+one.
 
     python examples/kuramoto_sivashinsky_2d.py             trains and writes the figure
     python examples/kuramoto_sivashinsky_2d.py --quick     in seconds, to see that it runs
 """
 
+import common
 import equinox as eqx
 import exponax as ex
 import jax
@@ -20,18 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from canonical_convolutions import canonical_convolutions
-from common import (
-    ConvNet,
-    error_over_time,
-    parse_options,
-    plot_errors,
-    print_table,
-    replay,
-    rollout,
-    save_figure,
-    show,
-    train,
-)
+from replay_buffer import replay
 
 from residuum import Cuts, residuum_loss
 
@@ -81,7 +72,7 @@ def random_states(key, num_samples):
 
 
 def without_mean(u):
-    """The mean in space drifts, and nothing else depends on it."""
+    """Subtracts the spatial mean, which drifts and does not influence the dynamics."""
     return u - jnp.mean(u, axis=(-3, -2, -1), keepdims=True)
 
 
@@ -93,11 +84,11 @@ def without_mean(u):
 class Emulator(eqx.Module):
     """Advances a state `[1, NUM_POINTS, NUM_POINTS]`, whatever its mean."""
 
-    network: ConvNet
+    network: common.ConvNet
 
     def __init__(self, key):
         options = dict(kernel_sizes=4 * [3], dilations=(1, 2, 2, 1), gain=3**0.5, key=key)
-        self.network = ConvNet(2, (1, 16, 16, 16, 1), **options)
+        self.network = common.ConvNet(2, (1, 16, 16, 16, 1), **options)
 
     def __call__(self, u):
         return u + self.network(without_mean(u) / 4)
@@ -126,7 +117,7 @@ def train_emulator(stepper, *, num_updates, key, **options):
         return (stepper, opt_state, states), loss
 
     carry = stepper, opt_state, random_states(states_key, BATCH_SIZE)
-    (stepper, _, _), _ = train(update, carry, jax.random.split(updates_key, num_updates))
+    (stepper, _, _), _ = common.train(update, carry, jax.random.split(updates_key, num_updates))
     return stepper
 
 
@@ -147,36 +138,39 @@ def memory(stepper, **options):
 def plot(trajectories, errors):
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.3), layout="constrained")
     limit = max(jnp.max(jnp.abs(u[0, -1])) for u in trajectories.values())
-    spectra = {}
-    for axis, (name, u) in zip(axes, trajectories.items(), strict=False):
+    modes = slice(1, NUM_POINTS // 2)
+    styles = zip(axes, common.LINES, common.COLORS, trajectories.items(), strict=False)
+    for axis, line, color, (name, u) in styles:
         title, extent = f"{name}, t = {DT * (u.shape[1] - 1):.0f}", (DOMAIN_EXTENT,) * 2
-        image = show(axis, title, u[0, -1, 0], extent, vmin=-limit, vmax=limit)
+        image = common.show(axis, title, u[0, -1, 0], extent, vmin=-limit, vmax=limit)
         axis.set(xlabel="x", ylabel="y", aspect="equal")
-        energy = jax.jit(jax.vmap(jax.vmap(ex.get_spectrum)))(u[:, u.shape[1] // 2 :])
-        spectra[name] = jnp.mean(energy, axis=(0, 1, 2))[: NUM_POINTS // 2]
+        spectra = jax.jit(jax.vmap(jax.vmap(ex.get_spectrum)))(u[:, u.shape[1] // 2 :])
+        energy = jnp.mean(spectra, axis=(0, 1, 2))
+        axes[3].semilogy(K[modes], energy[modes], linestyle=line, color=color, label=name)
     figure.colorbar(image, ax=axes[1], label="u")
-    plot_errors(axes[2], DT, errors, "error on the attractor")
-    plot_errors(axes[3], 2 * np.pi / DOMAIN_EXTENT, spectra, "spectrum")
-    axes[3].set(xlabel="wavenumber", ylabel="energy", ylim=(1e-7, 10))
+    common.plot_errors(axes[2], DT, errors, "error on the attractor")
     axes[2].legend(loc="lower right")
+    axes[3].set(title="spectrum", xlabel="wavenumber", ylabel="energy", ylim=(1e-7, 10))
+    axes[3].grid(alpha=0.3)
     axes[3].legend(loc="lower left")
     return figure
 
 
 def main():
     defaults = dict(updates=(1200, 10), rollout_steps=10, bptt=2, test_steps=(500, 100))
-    args = parse_options(__doc__, "assets/kuramoto_sivashinsky_2d.png", **defaults)
+    args = common.parse_options(__doc__, "assets/kuramoto_sivashinsky_2d.png", **defaults)
     model_key, train_key, test_key = jax.random.split(jax.random.key(args.seed), 3)
     stepper = Emulator(model_key)
-    steps, k, rows = args.rollout_steps, args.bptt, {}
+    steps, k = args.rollout_steps, args.bptt
     lengths, cases = [steps, 100], [(False, False), (False, True), (k, False), (k, True)]
     if args.quick:  # one program to compile rather than eight
         lengths, cases = lengths[:1], cases[-1:]
+    rows = {}
     for bptt, checkpoint in cases:
         options = dict(cuts=Cuts(bptt=bptt), checkpoint=checkpoint)
         megabytes = [memory(stepper, num_rollout_steps=n, **options) / 1e6 for n in lengths]
         rows[f"bptt={bptt}, checkpoint={checkpoint}"] = [f"{x:.1f} MB" for x in megabytes]
-    print_table("memory of one gradient", [f"{n} steps" for n in lengths], rows)
+    common.print_table("memory of one gradient", [f"{n} steps" for n in lengths], rows)
 
     options = dict(num_rollout_steps=steps, cuts=Cuts(bptt=k), checkpoint=True)
     stepper = train_emulator(stepper, num_updates=args.updates, key=train_key, **options)
@@ -184,15 +178,16 @@ def main():
     # The solver is explicit where the equation is nonlinear, so it needs two substeps.
     substep = ex.stepper.KuramotoSivashinsky(2, DOMAIN_EXTENT, NUM_POINTS, DT / 2)
     solver = ex.RepeatedStepper(substep, 2)
-    simulate = lambda step, u, num_steps: without_mean(rollout(step, u, num_steps))
+    simulate = lambda step, u, num_steps: without_mean(common.rollout(step, u, num_steps))
     start = simulate(solver, random_states(test_key, NUM_TEST), TRANSIENT_STEPS)[:, -1]
-    reference, emulated = (simulate(s, start, args.test_steps) for s in (solver, stepper))
-    trajectories = {"persistence": reference[:, :1], "emulator": emulated}
-    errors = {name: error_over_time(u, reference) for name, u in trajectories.items()}
+    steppers = solver, lambda u: u, stepper
+    reference, constant, emulated = (simulate(f, start, args.test_steps) for f in steppers)
+    trajectories = {"persistence": constant, "emulator": emulated}
+    errors = {name: common.error_over_time(u, reference) for name, u in trajectories.items()}
     rows = {name: [f"{error[n]:.4f}" for n in REPORT_STEPS] for name, error in errors.items()}
-    print_table("nRMSE after", [f"step {n}" for n in REPORT_STEPS], rows)
+    common.print_table("nRMSE after", [f"step {n}" for n in REPORT_STEPS], rows)
     print(f"\nstd u: solver {jnp.std(reference):.2f}, emulator {jnp.std(emulated):.2f}")
-    save_figure(args.output, plot({"solver": reference, "emulator": emulated}, errors))
+    common.save_figure(args.output, plot({"solver": reference, "emulator": emulated}, errors))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def launch(num_processes):
             time.sleep(0.1)
     finally:
         for process in processes:
-            process.kill()  # JAX handles SIGTERM as an announcement, and does not end
+            process.kill()  # JAX treats SIGTERM as a preemption notice and keeps running
             process.wait()
     dead = [f"{i} ({describe(code)})" for i, code in enumerate(codes) if code]
     return f"Died: process {', '.join(dead)}; all were ended." if dead else None

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from common import COLORS, parse_options, print_table, replay, save_figure, train
+from common import COLORS, parse_options, print_table, save_figure, train
+from replay_buffer import diverged, replay
 
 from residuum import Cuts, residuum_loss
 
@@ -111,7 +112,7 @@ def train_emulator(*, num_updates, num_rollout_steps, cuts, key):
         # Restart the states that left the region of interest, and 1 % of the others: the
         # emulator has to remember the way from anywhere to the attractor.
         states = rollout.final_state
-        escaped = jnp.any(jnp.abs((states - CENTER) / EXTENT) > 5, axis=1)
+        escaped = diverged((states - CENTER) / EXTENT, bound=5)
         fresh_key, choice_key = jax.random.split(key)
         fresh = random_states(fresh_key, BATCH_SIZE)
         states = replay(states, fresh, lost=escaped, share=0.01, key=choice_key)

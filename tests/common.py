@@ -1,7 +1,10 @@
-"""What several rooms share, besides the oracle and the problem of test_residuum.py."""
+"""Helpers shared by several test files. The oracle and its problem are in test_residuum.py."""
 
 import contextlib
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,23 @@ def config(name, value):
         yield
     finally:
         jax.config.update(name, before)
+
+
+def program_environment(*folders):
+    """For a Python program that imports from the root of the project and from the folders."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *folders)))}
+    environment |= {"MPLBACKEND": "agg", "JAX_THREEFRY_PARTITIONABLE": "1"}  # as since JAX 0.5
+    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
+    return environment
+
+
+def run_program(path, *arguments, cwd):
+    """What a program of the project prints, in a process and a JAX of its own."""
+    command = [sys.executable, str(ROOT / path), *arguments]
+    options = dict(env=program_environment(), capture_output=True, text=True, cwd=cwd)
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def vary(tree, axis="batch"):

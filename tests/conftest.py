@@ -1,4 +1,4 @@
-"""Which tests are not run, and that nobody misses them."""
+"""Deselects tests whose compiler is missing, and fails on unexplained skips."""
 
 import re
 
@@ -8,25 +8,36 @@ import pytest
 # Reasons for a skip: the JAX at hand is too old, or its version of Flax does not exist.
 EXPLAINED = re.compile("needs (a newer JAX|flax)|annotations that are checked say no")
 
+num_deselected = pytest.StashKey[int]()
+
 
 def pytest_collection_modifyitems(config, items):
     """Deselects tests that need a compiler that is not installed: `accelerator(False)`."""
-    absent = [
+    deselected = [
         item
         for item in items
         if any(not mark.args[0] for mark in item.iter_markers("accelerator"))
     ]
-    config.hook.pytest_deselected(items=absent)
-    items[:] = [item for item in items if item not in absent]
-    config.stash[absent_key] = len(absent)
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
+    config.stash[num_deselected] = len(deselected)
+    if hasattr(config, "workeroutput"):  # in a worker of pytest-xdist
+        config.workeroutput["num_deselected"] = len(deselected)
 
 
-absent_key = pytest.StashKey[int]()
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """The controller of pytest-xdist does not collect; each worker collects all tests."""
+    number = getattr(node, "workeroutput", {}).get("num_deselected", 0)
+    node.config.stash[num_deselected] = max(number, node.config.stash.get(num_deselected, 0))
 
 
-def pytest_report_collectionfinish(config):
-    absent = config.stash.get(absent_key, 0)
-    return f"{absent} tests of accelerators left out: no compiler installed" if absent else None
+def pytest_terminal_summary(terminalreporter, config):
+    number = config.stash.get(num_deselected, 0)
+    if number:
+        terminalreporter.write_line(
+            f"{number} tests of accelerators left out: no compiler installed"
+        )
 
 
 def pytest_sessionfinish(session):

@@ -1,13 +1,13 @@
-"""Accelerators that are not there: XLA compiles for them, and tells memory and communication.
+"""Accelerators that are not present: XLA compiles for them, and reports memory and
+communication.
 
 A TPU's compiler is libtpu, for x86-64 Linux (`pip install ".[test,tpu]"`), and that of an
 NVIDIA GPU a plugin of JAX (`".[test,gpu]"`). Without them only the export is tested here. What
-no compiler tells needs the device: values and gradients, which all other rooms test where they
-run (`JAX_PLATFORMS=cuda,cpu python -m pytest`), and speed.
+no compiler reports needs the device: values and gradients, which all other test files verify on
+the device that they run on (`JAX_PLATFORMS=cuda,cpu python -m pytest`), and speed.
 """
 
 import concurrent.futures
-import csv
 import functools
 import importlib.metadata
 import itertools
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
+from study import read_csv
 
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, assert_close, FLAGS, SINGLE_TOLERANCE, slow
@@ -46,7 +47,7 @@ on_all_targets, on_tpu = on(*COMPILERS), on("v5e:2x2")
 
 #
 # A process of its own: what a compiler needs of the environment and of JAX's configuration is
-# not what the other rooms need, and if it crashes, this room alone fails
+# not what the other tests need, and if it crashes, the tests of this file alone fail
 #
 
 
@@ -174,7 +175,7 @@ def test_every_combination_of_options_compiles(compiler, target, cut):
         assert ("int32" in rest) == options["has_aux"]  # the final state
 
 
-@pytest.mark.parametrize("cut", also_slow("2", slowly=["none", "1", "mask", "prev"]))
+@pytest.mark.parametrize("cut", also_slow("1", "2", slowly=["none", "mask", "prev"]))
 def test_exports_for_all_platforms_at_once(cut):
     """Needs no compiler. On the platform at hand it comes back and computes the same."""
     ones = lambda shape, dtype, _: jnp.ones(shape, dtype)
@@ -261,7 +262,7 @@ def test_the_program_grows_neither_with_steps_nor_with_batch_or_chips(
 
 @on_tpu
 @slow
-def test_rematerialisation_saves_memory_in_straight_code(compiler, target):
+def test_rematerialisation_saves_memory_in_an_unrolled_rollout(compiler, target):
     """On a GPU it does not: its compiler computes all activations again, but early."""
     stored, again = (
         compiler(describe, target, "MLP", False, 100, **options)
@@ -369,8 +370,8 @@ def figures_of_the_page():
 
 
 def test_the_page_has_the_figures_of_the_file():
-    with (ROOT / "benchmarks" / "accelerators.csv").open() as file:
-        rows = [x for x in csv.DictReader(file) if x["way"] in ("one chip", "shard_map")]
+    rows = read_csv(ROOT / "benchmarks" / "accelerators.csv")
+    rows = [row for row in rows if row["way"] in ("one chip", "shard_map")]
     figures = [figure for figure in figures_of_the_page() if figure[-1]]
     assert len(figures) == 20 + 14 + 17
     for target, network, program, num_steps, cell in figures:

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from test_residuum import slow
-
-
-pytestmark = slow
+import test_residuum  # noqa: F401  # which tells JAX to compute in float64
 
 
 def random_weights(seed=0):

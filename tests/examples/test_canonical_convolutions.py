@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from canonical_convolutions import canonical_convolutions
+from canonical_convolutions import _canonical, canonical_convolutions
 from convolutions_on_cpu import ConvNet, heat_residuum, UNet
 from jax import export
 from jax.sharding import Mesh, PartitionSpec as P
@@ -286,6 +286,16 @@ def test_no_convolution_is_out_of_reach(flag):
             }
             assert set(before) - set(after)
             assert_close(actual, expected)
+
+
+def test_a_primitive_that_is_built_otherwise_stays_as_it_is():
+    class Primitive:
+        __slots__ = ("params",)
+
+    Primitive.__module__ = "jax._src.hijax"
+    primitive = Primitive()
+    primitive.params = {"jaxpr": jax.make_jaxpr(convolve)(normal(2, 3, 6), normal(3, 3, 3))}
+    assert _canonical(primitive) is primitive
 
 
 @needs_flags

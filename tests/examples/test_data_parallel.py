@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from test_residuum import slow
-from tests.common import ROOT
+from tests.common import program_environment, ROOT
 
 
 OPTIONS = inspect.signature(jax.distributed.initialize).parameters
@@ -87,14 +87,8 @@ def started(folder, *commands, fault="", variables=lambda i: {}, stdout=None):
     if fault:
         program = folder / "faulty.py"
         program.write_text(FAULTY_EXAMPLE)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLE.parent)]),
-        "MPLBACKEND": "agg",
-        "JAX_PLATFORMS": "cpu",
-        "FAULT": fault,
-    }
-    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
+    environment = program_environment(EXAMPLE.parent)
+    environment |= {"JAX_PLATFORMS": "cpu", "FAULT": fault}
     processes = []
     try:
         with (folder / "log").open("w") as log:
@@ -146,7 +140,7 @@ def undisturbed(tmp_path_factory):
 
 def assert_resumes(folder, num_processes, expected, *, bitwise):
     actual = train(folder, num_processes)
-    assert "goes on after 10 of 20 updates" in actual.log
+    assert "resumes after 10 of 20 updates" in actual.log
     assert f"{num_processes} processes" in actual.log
     np.testing.assert_allclose(actual.history, expected.history, rtol=1e-4)
     if bitwise:
@@ -182,7 +176,7 @@ def test_all_end_with_the_one_that_dies(fault, what, tmp_path):
             os.killpg(launcher.pid, 0)
     log = (tmp_path / "log").read_text()
     assert launcher.returncode == 1, log
-    assert what in log and "The same command goes on from the last checkpoint" in log
+    assert what in log and "The same command resumes from the last checkpoint" in log
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +266,7 @@ def test_training_resumes_bit_for_bit_from_the_last_whole_checkpoint(undisturbed
 def test_a_complete_training_is_not_repeated(undisturbed):
     first = undisturbed(1)
     second = train(first.folder, 1)
-    assert "goes on after 20 of 20 updates" in second.log
+    assert "resumes after 20 of 20 updates" in second.log
     assert second.checkpoint == first.checkpoint
     np.testing.assert_array_equal(second.history, first.history)
     assert first.history[-1] < 0.1 * first.history[0]

@@ -1,83 +1,131 @@
 """Every example runs in quick mode, prints the tables it promises, and draws its figure."""
 
 import math
-import os
 import re
-import subprocess
 import sys
 from typing import NamedTuple
 
 import common
 import cuts
 import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from test_residuum import slow
-from tests.common import ROOT
+from tests.common import ROOT, run_program
+
+
+class Table(NamedTuple):
+    heading: str
+    columns: str
+    rows: dict[str, str]  # "*" for a number that depends on the training or on the machine
 
 
 class Example(NamedTuple):
-    rows: dict[str, str]  # of its tables; "*" for a number that depends on the training
-    columns: str
+    tables: list[Table]
     aspect: float  # width / height of the figure
-    heading: str = "nRMSE after"  # of the table
+    colors: tuple[str, ...]  # of the lines in it
+    has_fields: bool = True  # in it
     options: str = ""  # that make it quicker still
+    line: str = ""  # that it prints as well, a regular expression
 
 
+STEPS = "step 1, step 10, step 50"
+LORENZ = Table(
+    "on the attractor",
+    "mean z, std x, std z, Lyapunov",
+    {"Runge–Kutta": "24.28 * * *", "emulator": "* * * *"},
+)
+PERSISTENCE = {  # in gray_scott.py
+    "seeds": {
+        "u and v": "0.0033 0.0228 0.1500 0.2598",
+        "u": "0.0030 0.0180 0.1265 0.2354",
+        "v": "0.0153 0.1488 0.4982 0.6008",
+    },
+    "patterns": {
+        "u and v": "0.0029 0.0291 0.1447 0.2764",
+        "u": "0.0025 0.0255 0.1286 0.2508",
+        "v": "0.0060 0.0587 0.2646 0.4531",
+    },
+}
 EXAMPLES = {
     "burgers": Example(
-        {
-            "persistence": "0.0981 0.8123 2.7413",
-            "1 step": "* * * * s",
-            "2 steps": "* * * * s",
-            "4 steps, bptt=2": "* * * * s",
-        },
-        columns="step 1, step 10, step 50, trained in",
+        [
+            Table(
+                "nRMSE after",
+                f"{STEPS}, trained in",
+                {
+                    "persistence": "0.0981 0.8123 2.7413",
+                    "1 step": "* * * * s",
+                    "2 steps": "* * * * s",
+                    "4 steps, bptt=2": "* * * * s",
+                },
+            )
+        ],
         aspect=11 / 3.4,
+        colors=common.COLORS[:4],
         options="--rollout-steps 2",
     ),
     "supervised": Example(
-        {
-            "Crank–Nicolson": "0.0020 0.0032 0.0005",
-            "supervised": "* * * * s 3",
-            "residual": "* * * * s 1",
-        },
-        columns="step 1, step 10, step 50, trained in, snapshots",
+        [
+            Table(
+                "nRMSE after",
+                f"{STEPS}, trained in, snapshots",
+                {
+                    "Crank–Nicolson": "0.0020 0.0032 0.0005",
+                    "supervised": "* * * * s 3",
+                    "residual": "* * * * s 1",
+                },
+            )
+        ],
         aspect=6 / 3.4,
+        colors=common.COLORS[:3],
+        has_fields=False,
+        line=r"Data for supervision: 0\.20 MB, made in \d+ ms",
     ),
     "lorenz": Example(
-        {"Runge–Kutta": "* * * *", "emulator": "* * * *"},
-        columns="mean z, std x, std z, Lyapunov",
+        [LORENZ],
         aspect=11 / 3.6,
-        heading="on the attractor",
+        colors=common.COLORS[1:3],
+        has_fields=False,
     ),
     "kuramoto_sivashinsky_2d": Example(
-        {"persistence": "* * * *", "emulator": "* * * *"},
-        columns="step 1, step 10, step 50, step 100",
+        [
+            Table("memory of one gradient", "10 steps", {"bptt=2, checkpoint=True": "* MB"}),
+            Table(
+                "nRMSE after",
+                f"{STEPS}, step 100",
+                {"persistence": "0.0623 0.5891 1.4274 1.4180", "emulator": "* * * *"},
+            ),
+        ],
         aspect=13 / 3.3,
+        colors=common.COLORS[:2],
+        line=r"std u: solver 4\.\d\d, emulator \d+\.\d\d",
     ),
     "gray_scott": Example(
-        {
-            f"{fields}, {name}": "* * * *"
-            for fields in ("u and v", "u", "v")
-            for name in ("persistence", "emulator")
-        },
-        columns="step 1, step 10, step 50, step 100",
+        [
+            Table(
+                f"nRMSE from {start}",
+                f"{STEPS}, step 100",
+                {
+                    f"{fields}, {name}": errors if name == "persistence" else "* * * *"
+                    for fields, errors in persistence.items()
+                    for name in ("persistence", "emulator")
+                },
+            )
+            for start, persistence in PERSISTENCE.items()
+        ],
         aspect=13 / 3,
-        heading="nRMSE from patterns",
+        colors=common.COLORS[:4],
+        options="--updates 3",  # after more of them, but too few, it diverges
     ),
 }
-NOT_PROGRAMS = {"canonical_convolutions", "common", "launcher"}
+NOT_PROGRAMS = {"canonical_convolutions", "common", "launcher", "replay_buffer"}
 
 
 def run_example(name, *arguments, cwd):
-    """In a process of its own, since examples set what JAX knows before it starts."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return run_program(ROOT / "examples" / f"{name}.py", *arguments, cwd=cwd)
 
 
 def read_table(output, heading):
@@ -88,29 +136,57 @@ def read_table(output, heading):
     return re.split(" {2,}", columns), {name: cells.split() for name, cells in rows}
 
 
+def read_picture(path):
+    """Red, green and blue in [0, 1], `[height, width, 3]`."""
+    return matplotlib.image.imread(path)[..., :3]
+
+
+def num_pixels(picture, color):
+    """How many are of a color `#RRGGBB`."""
+    return int(np.sum(np.all(np.abs(picture - to_rgb(color)) < 0.01, axis=-1)))
+
+
 def agree(cell, expected):
     return cell == expected or (expected == "*" and math.isfinite(float(cell)))
 
 
-@slow
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example_prints_its_table_and_draws_its_figure(name, tmp_path):
-    example = EXAMPLES[name]
-    options = ("--quick", *example.options.split(), "--output", "figures/figure.png")
-    output = run_example(name, *options, cwd=tmp_path)
-
-    columns, rows = read_table(output, example.heading)
-    assert columns == example.columns.split(", ")
-    assert list(rows) == list(example.rows)
-    for row, expected in example.rows.items():
+def assert_prints(output, table):
+    columns, rows = read_table(output, table.heading)
+    assert columns == table.columns.split(", ")
+    assert list(rows) == list(table.rows)
+    for row, expected in table.rows.items():
         cells = zip(rows[row], expected.split(), strict=True)
         assert all(agree(*pair) for pair in cells), output
 
-    figure = matplotlib.image.imread(tmp_path / "figures" / "figure.png")[..., :3]
+
+@slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_prints_its_tables_and_draws_its_figure(name, tmp_path):
+    example = EXAMPLES[name]
+    options = ("--quick", *example.options.split(), "--output", "figures/figure.png")
+    output = run_example(name, *options, cwd=tmp_path)
+    for table in example.tables:
+        assert_prints(output, table)
+    assert re.search(f"^{example.line}$", output, re.MULTILINE), output
+
+    figure = read_picture(tmp_path / "figures" / "figure.png")
     height, width, _ = figure.shape
     assert width / height == pytest.approx(example.aspect, rel=0.01)
-    assert figure.std() > 0.05  # not blank
+    for color in example.colors:  # in the legend, there are fewer pixels than in a line
+        assert num_pixels(figure, color) > 150, color
+    is_colored = np.ptp(figure, axis=-1) > 0.05
+    assert not example.has_fields or np.mean(is_colored) > 0.06  # a color bar has 0.01
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_figure_is_in_the_documentation(name):
     assert (ROOT / "assets" / f"{name}.png").exists()
+
+
+@slow
+def test_lorenz_runs_without_a_cut(tmp_path):
+    output = run_example("lorenz", "--quick", "--no-cut", "--updates", "3", cwd=tmp_path)
+    assert_prints(output, LORENZ)
 
 
 def test_every_example_is_tested():

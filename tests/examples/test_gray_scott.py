@@ -13,9 +13,6 @@ from test_residuum import slow
 from tests.common import config
 
 
-pytestmark = slow
-
-
 def in_float64(tree):
     cast = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
     return jax.tree.map(cast, tree)
@@ -55,6 +52,7 @@ def test_a_step_is_consistent_with_the_equation():
     assert jnp.allclose(v_next, v + u * v * v - (feed + kill) * v, atol=1e-12)
 
 
+@slow
 def test_initial_conditions_are_what_patterns_grow_from():
     states = example.random_states(jax.random.key(0), 256)
     u, v = jnp.moveaxis(states.fields, 1, 0)
@@ -77,6 +75,7 @@ def test_the_residual_is_the_difference_to_the_solver_in_units_of_a_change(state
     assert not jnp.allclose(unconditioned, difference, atol=1e-3)
 
 
+@slow
 def test_persistence_has_a_loss_of_about_one_in_each_field(states):
     seeds = example.random_states(jax.random.key(0), 64)
     for start in (states, seeds):
@@ -90,15 +89,16 @@ def test_the_input_of_the_network_is_of_order_one(states):
     assert jnp.all(jnp.abs(jnp.log(jnp.std(fields, axis=(0, 2, 3)))) < jnp.log(1.5))
 
 
+@slow
 @config("jax_enable_x64", False)
 def test_the_emulator_starts_as_the_identity_and_receives_the_rates():
     states = example.random_states(jax.random.key(0), 2)
     other = State(states.fields, states.rates + 1e-3)
     emulator = Emulator(jax.random.key(1))
-    assert (jax.vmap(emulator)(states).fields == states.fields).all()
+    assert (jax.jit(jax.vmap(emulator))(states).fields == states.fields).all()
     trained = eqx.tree_at(lambda x: x.network.layers[-1].weight, emulator, replace_fn=jnp.cos)
     for stepper in (trained, example.solver):
-        next_states, next_other = (jax.vmap(stepper)(x) for x in (states, other))
+        next_states, next_other = (jax.jit(jax.vmap(stepper))(x) for x in (states, other))
         assert (next_states.rates == states.rates).all()
         assert not jnp.allclose(next_states.fields, next_other.fields, atol=1e-6)
 

@@ -1,10 +1,6 @@
 """benchmarks/gray_scott_ablation.py: its recipe is what the example trains, each row changes
 one item of it, and the documentation has its table."""
 
-import os
-import subprocess
-import sys
-
 import equinox as eqx
 import gray_scott as example
 import gray_scott_ablation as ablation
@@ -12,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import study
-from gray_scott_ablation import Emulator, make_residuum_fn, Recipe
+from gray_scott_ablation import Emulator, make_residuum_fn, make_training, Recipe
 
 from test_residuum import slow
-from tests.common import config, ROOT
-
-
-pytestmark = slow
+from tests.common import config, ROOT, run_program
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +21,22 @@ def single_precision():
         yield
 
 
+@slow
 def test_the_recipe_is_what_the_example_trains():
-    options = dict(num_updates=3, key=jax.random.key(0))
-    expected, (actual, _) = (
-        example.train_emulator(**options),
-        ablation.train(Recipe(), **options),
-    )
-    leaves = [jax.tree.leaves(stepper.network) for stepper in (actual, expected)]
-    assert jnp.any(leaves[0][-1] != 0)  # zero before training
-    for x, y in zip(*leaves, strict=True):
+    key = jax.random.key(0)
+    model_key, buffer_key = jax.random.split(key)
+    options = dict(num_updates=3)
+    trained = []
+    for carry, update in (
+        example.make_training(example.Emulator(model_key), buffer_key, **options),
+        make_training(Recipe(), key, **options),
+    ):
+        for update_key in jax.random.split(jax.random.key(1), 3):
+            carry, _ = update(carry, update_key)
+        stepper, _, buffer = carry
+        trained.append(jax.tree.leaves((buffer, stepper.network)))
+    assert jnp.any(trained[0][-1] != 0)  # zero before training
+    for x, y in zip(*trained, strict=True):
         assert jnp.array_equal(x, y)
 
 
@@ -76,11 +76,11 @@ def drifting(recipe, key):
     return eqx.tree_at(bias, Emulator(recipe, key), jnp.ones((2, 1, 1)))
 
 
+@slow
 @pytest.mark.parametrize("buffer_size", [8, 0])
 def test_the_replay_buffer_continues_where_the_rollout_ended(buffer_size):
     recipe = Recipe(buffer_size=buffer_size, batch_size=4, num_rollout_steps=2)
-    start, update = ablation.make_update(recipe, num_updates=10)
-    _, opt_state, buffer = start(jax.random.key(0))
+    (_, opt_state, buffer), update = make_training(recipe, jax.random.key(0), num_updates=10)
     carry = drifting(recipe, jax.random.key(1)), opt_state, buffer
     (*_, new_buffer), _ = update(carry, jax.random.key(3))
     kept = (new_buffer.rates == buffer.rates).all(axis=1)
@@ -93,26 +93,25 @@ def test_the_replay_buffer_continues_where_the_rollout_ended(buffer_size):
         assert moved.all() and not kept.any()
 
 
+@slow
 def test_diverged_states_are_replaced():
-    start, update = ablation.make_update(Recipe(buffer_size=4, batch_size=4), num_updates=10)
-    stepper, opt_state, buffer = start(jax.random.key(0))
+    recipe = Recipe(buffer_size=4, batch_size=4)
+    carry, update = make_training(recipe, jax.random.key(0), num_updates=10)
+    stepper, opt_state, buffer = carry
     diverged = buffer._replace(fields=buffer.fields.at[0].set(jnp.nan).at[1].set(3.0))
     (*_, new_buffer), _ = update((stepper, opt_state, diverged), jax.random.key(3))
     assert jnp.all(jnp.abs(new_buffer.fields) < 2)
 
 
+@slow
 def test_quick_ablation_runs(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    environment.pop("XLA_FLAGS", None)
     script, path = ROOT / "benchmarks" / "gray_scott_ablation.py", tmp_path / "ablation.csv"
-    command = [sys.executable, str(script), "--quick", "--output", str(path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    output = run_program(script, "--quick", "--output", str(path), cwd=tmp_path)
     rows = study.read_csv(path)
     assert [row["row"] for row in rows] == ["persistence", "no pool"]
     assert list(rows[0]) == list(study.read_csv(script.with_suffix(".csv"))[0])
     assert float(rows[0]["patterns, u and v, 50"]) > 0.1
-    assert "| no pool |" in result.stdout
+    assert "| no pool |" in output
 
 
 def test_the_page_has_the_table_of_the_file():

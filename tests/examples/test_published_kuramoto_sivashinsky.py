@@ -11,9 +11,6 @@ from residuum import residuum_loss
 from test_residuum import slow
 
 
-pytestmark = slow
-
-
 def attractor(num_samples=2):
     """Smooth states of the right size."""
     waves = ks.long_waves(num_samples, jax.random.key(0))
@@ -99,6 +96,7 @@ def random_network():
     return jax.tree.unflatten(structure, leaves)
 
 
+@slow
 def test_no_rollout_overflows():
     """Whatever the weights: only the clip keeps this network from squaring u twice a step."""
     stepper = jax.tree.map(lambda x: 10 * x, random_network())
@@ -106,6 +104,7 @@ def test_no_rollout_overflows():
     assert jnp.max(jnp.abs(u)) > 100 and jnp.all(jnp.isfinite(u))
 
 
+@slow
 def test_the_network_starts_as_the_identity_and_commutes_with_shifts():
     u = attractor()[0]
     step = jax.jit(lambda stepper, u: stepper(u))
@@ -143,17 +142,18 @@ def test_scores_of_a_known_emulator():
     every = {mode: 1.0 for mode in range(49)}
     u = waves(every)
     emulated = (1.1 * u).at[:, 300:].multiply(-1)
-    scores = ks.judge(emulated, u, 12, 3.4)
+    scores = ks.evaluate(emulated, u, 12, 3.4)
     mse = 0.01 * np.mean(u**2)
     expected = [mse, mse, mse, mse, 30.0, 1.1 * np.std(u), 0.21, 12, 3.4]
     assert np.allclose(scores.row[:4], expected[:4], rtol=1e-3)
     assert np.allclose(scores.row[[4, 6, 7, 8]], expected[4:5] + expected[6:], rtol=1e-3)
     assert scores.energy.shape == (23,) and np.allclose(scores.energy, 1.21, rtol=1e-3)
-    diverged = ks.judge(emulated.at[:, 50:].set(jnp.nan), u)
+    diverged = ks.evaluate(emulated.at[:, 50:].set(jnp.nan), u)
     assert np.isclose(diverged.row[0], mse, rtol=1e-3) and np.all(diverged.row[1:4] == np.inf)
     assert np.isclose(diverged.row[4], 5.0)
 
 
+@slow
 def test_the_published_test_is_on_the_attractor():
     """The transient is over: the statistics do not change any more."""
     reference = ks.published_test(num_samples=16)

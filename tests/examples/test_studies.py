@@ -1,9 +1,11 @@
-"""The studies in benchmarks/ that train on problems of their own run in quick mode, and they
-print and draw what the documentation takes from them."""
+"""The studies in benchmarks/ run in quick mode, and they print and draw what the documentation
+takes from them. What they have in common is benchmarks/study.py."""
 
 import re
 
+import jax
 import pytest
+import study
 from study import read_csv
 
 from test_residuum import slow
@@ -11,7 +13,41 @@ from tests.common import ROOT
 from tests.examples.test_examples import run_example
 
 
-pytestmark = slow
+#
+# What the studies share
+#
+
+
+TABLES = sorted((ROOT / "benchmarks").glob("*.csv"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_that_is_read_and_written_again_has_the_same_bytes(path, tmp_path):
+    study.write_csv(tmp_path / "table.csv", read_csv(path))
+    assert (tmp_path / "table.csv").read_bytes() == path.read_bytes()
+
+
+def test_a_table_has_all_columns_even_where_rows_lack_some(tmp_path):
+    path = tmp_path / "new folder" / "table.csv"
+    study.write_csv(path, [dict(b=1), dict(a="x, y", b=2)], ["a", "b"])
+    assert read_csv(path) == [dict(a="", b="1"), dict(a="x, y", b="2")]
+
+
+def test_numbers_have_three_digits_and_a_prefix():
+    numbers = {0.00153: "1.53 ms", 0.9996: "1 s", 2e-7: "0.2 µs", 20: "20 s", 4.5e12: "4.5 Ts"}
+    assert {x: study.with_prefix(x, "s") for x in numbers} == numbers
+
+
+def test_a_machine_has_a_processor_and_versions():
+    processor, *cores, of_jax, of_pytest = study.machine("2 cores", pytest).split(", ")
+    assert processor
+    assert cores == (["2 cores"] if jax.default_backend() == "cpu" else [])
+    assert of_jax == f"jax {jax.__version__}" and of_pytest == f"pytest {pytest.__version__}"
+
+
+#
+# The studies
+#
 
 
 def run_study(name, folder, *arguments):
@@ -30,6 +66,7 @@ def cells(lines, name):
     return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e[+-]\d+)?", row)]
 
 
+@slow
 def test_published_kuramoto_sivashinsky(tmp_path):
     csv = tmp_path / "scores.csv"
     arguments = ("--seed", "0", "1", "--rollout-steps", "2", "--csv", str(csv))
@@ -53,19 +90,49 @@ def test_published_kuramoto_sivashinsky(tmp_path):
     assert cells(lines, "std u of the solver:")[0] == pytest.approx(1.31, rel=0.05)
 
 
+@slow
 def test_conditioning(tmp_path):
-    lines = run_study("conditioning", tmp_path)
+    csv = tmp_path / "conditioning.csv"
+    lines = run_study("conditioning", tmp_path, "--seed", "0", "1", "--csv", str(csv))
     rows = [cells(lines, f"{num_points} points") for num_points in (16, 32, 64)]
     assert [condition for condition, *_ in rows] == [11, 42, 165]
-    for _, residual, preconditioned in rows:
+    for _, *medians in rows:
+        residual, preconditioned = medians
         assert 0 < preconditioned < residual < 1
 
+    written = read_csv(csv)
+    assert [row["seed"] for row in written] == ["0", "1"] * 6
+    for row in written:
+        error, residual = (float(row[f"{name}_last"]) for name in ("error", "residual"))
+        assert error < float(row["error_first"]) < 1
+        assert error < residual < float(row["condition_number"]) ** 2 * error
+    first, second = (float(row["error_last"]) for row in written[:2])
+    assert rows[0][1] == pytest.approx((first + second) / 2, rel=0.05)
 
+
+def test_the_documentation_has_the_errors_of_conditioning():
+    page = (ROOT / "docs" / "diverted_chain.md").read_text()
+    rows = [
+        row
+        for row in read_csv(ROOT / "benchmarks" / "conditioning.csv")
+        if (row["trained_on"], row["seed"]) == ("residual", "0")
+    ]
+    assert [row["num_points"] for row in rows] == ["16", "32", "64"]
+    for row in rows:
+        first, last = (f"{float(row[f'error_{when}']):.1g}" for when in ("first", "last"))
+        assert f"{first} to {last}".replace("e-0", "e-") in page
+        assert f" {row['condition_number']}" in page
+
+
+@slow
 def test_convolutions_on_cpu(tmp_path):
-    lines = run_study("convolutions_on_cpu", tmp_path)
-    for case in ("forward", "gradient", "gradient, bptt=1"):
-        (row,) = [line for line in lines if line.startswith(f"1D, {case}  ")]
-        cell = r"\s+([\d.]+) s ([\d.]+) MB ([\d.]+) ms"
-        *cost, difference = re.fullmatch(rf"1D, {case}{3 * cell}\s+(\S+)", row).groups()
-        assert all(float(memory) > 0 for memory in cost[1::3])
-        assert 0 <= float(difference) < 1e-5
+    import convolutions_on_cpu
+
+    csv = tmp_path / "convolutions.csv"
+    lines = run_study("convolutions_on_cpu", tmp_path, "--csv", str(csv))
+    rows = read_csv(csv)
+    assert len(rows) == 3 * 3
+    for row in rows:
+        assert all(float(row[name]) > 0 for name in ("compile_s", "temp_bytes", "run_s"))
+        assert 0 <= float(row["difference"]) < 1e-5
+    assert convolutions_on_cpu.markdown(rows) in "\n".join(lines)

@@ -1,0 +1,35 @@
+"""A replay buffer: training continues from the final states of earlier rollouts.
+
+The emulator is then trained along its own trajectories, as in a long rollout whose gradient is
+cut between the updates. The buffer is a PyTree of states with leaves `[buffer_size, ...]`. Each
+update takes a few states out of it and puts `Rollout.final_state` back.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def sample(buffer, batch_size, key):
+    """Indices of random states of the buffer, drawn without replacement, and these states."""
+    buffer_size = len(jax.tree.leaves(buffer)[0])
+    samples = jax.random.choice(key, buffer_size, (batch_size,), replace=False)
+    return samples, jax.tree.map(lambda x: x[samples], buffer)
+
+
+def diverged(states, bound):
+    """Whether a state of `[batch, ...]` exceeds the bound or is NaN anywhere, `bool[batch]`."""
+    return ~jnp.all(jnp.abs(states) < bound, axis=tuple(range(1, states.ndim)))
+
+
+def replay(final_state, fresh, *, lost, share, key):
+    """The states to continue from, leaves `[batch, ...]`: the final states of a rollout. States
+    that are `lost`, and a random `share` of the others, are replaced by fresh ones."""
+    anew = lost | (jax.random.uniform(key, lost.shape) < share)
+    choose = lambda x, y: jnp.where(anew.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+    return jax.tree.map(choose, fresh, final_state)
+
+
+def put_back(buffer, samples, final_state, fresh, *, lost, share, key):
+    """The buffer with the states that `replay` returns in place of the `samples`."""
+    states = replay(final_state, fresh, lost=lost, share=share, key=key)
+    return jax.tree.map(lambda x, y: x.at[samples].set(y), buffer, states)
