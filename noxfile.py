@@ -144,7 +144,7 @@ def docs(session):
 
 @nox.session(python=NEWEST)
 def examples(session):
-    """All examples and studies in quick mode: what they print and draw (slow ones, too)."""
+    """All examples and studies in quick mode: what they print and draw, slow ones included."""
     session.install(*requirements("test"), ".")
     pytest(session, "tests/examples")
 

@@ -6,7 +6,7 @@ supervision, by trainax, on trajectories that the solver of exponax has made bef
 
 The same solver evaluates both, which favours supervision: the residual teaches the
 Crank–Nicolson step, whose discretisation error in time differs from the solver's. The table
-and the figure show that step, too, as the best that training on the residual could reach.
+and the figure also show that step, which is the best that training on the residual can reach.
 
     python examples/supervised.py             trains and writes assets/supervised.png
     python examples/supervised.py --quick     the same in seconds, to see that it runs

@@ -136,3 +136,10 @@ def test_convolutions_on_cpu(tmp_path):
         assert all(float(row[name]) > 0 for name in ("compile_s", "temp_bytes", "run_s"))
         assert 0 <= float(row["difference"]) < 1e-5
     assert convolutions_on_cpu.markdown(rows) in "\n".join(lines)
+
+
+def test_the_documentation_has_the_table_of_convolutions_on_cpu():
+    import convolutions_on_cpu
+
+    rows = read_csv(ROOT / "benchmarks" / "convolutions_on_cpu.csv")
+    assert convolutions_on_cpu.markdown(rows) in (ROOT / "docs" / "cost.md").read_text()
