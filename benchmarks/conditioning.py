@@ -22,7 +22,6 @@ the CSV file.
     python benchmarks/conditioning.py --quick            seconds, to see that it runs
 """
 
-import argparse
 import pathlib
 
 import jax
@@ -142,16 +141,9 @@ def csv_row(num_points, preconditioned, seed, history):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = study.make_parser(__doc__, "assets/conditioning.png", CSV, quick="50 updates")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--updates", type=int, default=3000, help="updates of each training")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("assets/conditioning.png")
-    )
-    parser.add_argument("--csv", type=pathlib.Path, help=f"{CSV}; with --quick none")
-    parser.add_argument("--quick", action="store_true", help="50 updates")
     args = parser.parse_args()
     num_updates = 50 if args.quick else args.updates
     jax.config.update("jax_enable_x64", True)

@@ -9,7 +9,6 @@ table, which is printed from the rows of the CSV file, is in docs/cost.md.
     python benchmarks/convolutions_on_cpu.py --quick     a selection, to see that it runs
 """
 
-import argparse
 import itertools
 import pathlib
 import statistics
@@ -195,16 +194,10 @@ def draw(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    figure = "assets/convolutions_on_cpu.png"
+    parser = study.make_parser(__doc__, figure, CSV, quick="1D, two steps")
     parser.add_argument("--rollout-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("assets/convolutions_on_cpu.png")
-    )
-    parser.add_argument("--csv", type=pathlib.Path, help=f"{CSV}; with --quick none")
-    parser.add_argument("--quick", action="store_true", help="1D, two steps")
     args = parser.parse_args()
     path = args.csv or (None if args.quick else CSV)
     chosen = problems()

@@ -18,7 +18,6 @@ to evaluate the emulators. The numbers are in docs/published_emulator.md.
     python benchmarks/published_kuramoto_sivashinsky.py --quick          to see that it runs
 """
 
-import argparse
 import pathlib
 from typing import NamedTuple
 
@@ -320,17 +319,11 @@ def draw(reference, emulated, scores):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    figure = "assets/kuramoto_sivashinsky.png"
+    parser = study.make_parser(__doc__, figure, CSV, quick="20 updates, 8 trajectories")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--updates", type=int, default=30_000, help="updates of each model")
     parser.add_argument("--rollout-steps", type=int, default=4)
-    parser.add_argument(
-        "--output", type=pathlib.Path, default="assets/kuramoto_sivashinsky.png"
-    )
-    parser.add_argument("--csv", type=pathlib.Path, help=f"{CSV}; with --quick none")
-    parser.add_argument("--quick", action="store_true", help="20 updates, 8 trajectories")
     args = parser.parse_args()
     num_updates = 20 if args.quick else args.updates
 

@@ -1,8 +1,9 @@
-"""What the studies share: the path to the examples, CSV files, tables, seeds and the machine.
+"""What the studies share: the path to the examples, options, CSV files, tables, the machine.
 
 It imports nothing beyond the standard library, since some studies configure JAX first.
 """
 
+import argparse
 import csv
 import os
 import pathlib
@@ -15,6 +16,16 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))  # whose problems the studies train
+
+
+def make_parser(description, output, csv, quick):
+    """With `--output` and `--csv`, which have these defaults, and `--quick`."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    parser.add_argument("--output", type=pathlib.Path, default=output, help="%(default)s")
+    parser.add_argument("--csv", type=pathlib.Path, help=f"{csv}; with --quick none")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 #
