@@ -27,9 +27,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import study
-from canonical_convolutions import canonical_convolutions
+from published import minimise, num_parameters, on_replayed_states
+
+
+# isort: split
 from common import (
     bilinear,
     COLORS,
@@ -39,17 +41,15 @@ from common import (
     rollout,
     save_figure,
     show,
-    train,
 )
-from replay_buffer import diverged, put_back, sample
 
-from residuum import Cuts, residuum_loss
+from residuum import Cuts
 
 
 NUM_POINTS = 96
 DOMAIN_EXTENT = 22 * np.pi
 DT = 0.1
-BUFFER_SIZE, BATCH_SIZE = 512, 8
+BUFFER_SIZE = 512
 NUM_TEST, TRANSIENT_STEPS, TEST_STEPS = 200, 1000, 1000
 REPORT_TIMES = (1, 5, 10, 20)
 CSV = pathlib.Path("benchmarks/published_kuramoto_sivashinsky.csv")
@@ -163,54 +163,27 @@ class ConvNet(eqx.Module):
         return u + self.layers[-1](hidden)
 
 
-def num_parameters(stepper):
-    return sum(x.size for x in jax.tree.leaves(stepper))
-
-
 def train_emulator(name, options, *, num_updates, key):
-    """Trains a fresh emulator, with `options` of `residuum_loss`, on states from a replay
-    buffer. Returns it and the seconds that took, compilation included."""
+    """Trains a fresh emulator, with `options` of `residuum_loss`. Returns it and the seconds
+    that this took, compilation included."""
     init_key, buffer_key, updates_key = jax.random.split(key, 3)
-    stepper = ConvNet(key=init_key)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, num_updates // 20, num_updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    carry = stepper, optimizer.init(stepper), initial_conditions(BUFFER_SIZE, buffer_key)
-
-    def update(carry, key):
-        stepper, opt_state, buffer = carry
-        sample_key, replay_key, states_key = jax.random.split(key, 3)
-        samples, states = sample(buffer, BATCH_SIZE, sample_key)
-        loss_fn = lambda stepper: residuum_loss(
-            stepper,
-            states[:, None],  # with the one snapshot that is needed
-            preconditioned_crank_nicolson,
-            has_aux=True,
-            **options,
-        )
-        (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(stepper)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        stepper = optax.apply_updates(stepper, updates)
-        buffer = put_back(
-            buffer,
-            samples,
-            rollout.final_state,
-            fresh=initial_conditions(BATCH_SIZE, states_key),
-            lost=diverged(rollout.final_state, bound=10),
-            share=0.001,
-            key=replay_key,
-        )
-        return (stepper, opt_state, buffer), loss
-
-    @jax.jit
-    @canonical_convolutions  # without which convolutions in a loop are slow on a CPU
-    def several_updates(carry, keys):
-        carry, losses = jax.lax.scan(update, carry, keys)
-        return carry, losses[-1]
-
-    keys = jax.random.split(updates_key, num_updates)
-    chunks = [keys[i : i + 20] for i in range(0, num_updates, 20)]
-    (stepper, *_), seconds = train(several_updates, carry, chunks, f"{name}, 20 updates each")
-    return stepper, seconds
+    loss_fn = on_replayed_states(
+        preconditioned_crank_nicolson,
+        initial_conditions,
+        batch_size=8,
+        fresh_share=0.001,
+        bound=10,
+        **options,
+    )
+    return minimise(
+        name,
+        ConvNet(key=init_key),
+        loss_fn,
+        initial_conditions(BUFFER_SIZE, buffer_key),
+        updates_key,
+        num_updates=num_updates,
+        learning_rate=5e-3,
+    )
 
 
 #

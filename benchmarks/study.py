@@ -5,6 +5,7 @@ It imports nothing beyond the standard library, since some studies configure JAX
 
 import argparse
 import csv
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -97,6 +98,30 @@ def seconds_per_update(update, carry, key, num_updates=10):
         carry, loss = update(carry, key)
     loss.block_until_ready()
     return (time.perf_counter() - start) / num_updates
+
+
+def on_single_cores(function, cases, num_workers=None):
+    """Yields `function(case)` of each case as it is finished. The workers are processes with a
+    core each, so that two that run at the same time measure the same as one."""
+    context = multiprocessing.get_context("spawn")
+    cores = context.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    num_workers = num_workers or len(available)
+    for i in range(num_workers):
+        cores.put(available[i % len(available)])
+    with context.Pool(num_workers, start_worker, (cores,)) as pool:
+        yield from pool.imap_unordered(function, cases)
+        pool.close()
+        pool.join()
+
+
+def start_worker(cores):
+    """Restricts a process to one core, before JAX starts a thread for each available one."""
+    import jax
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+    jax.config.update("jax_platforms", "cpu")
 
 
 def machine(share, *modules):

@@ -31,7 +31,6 @@ Each training runs in a process with a core of its own.
 import argparse
 import functools
 import itertools
-import multiprocessing
 import os
 import pathlib
 import statistics
@@ -293,24 +292,6 @@ def run_case(case):
     return row | columns | dict(machine=study.machine("a core each"))
 
 
-def start_worker(cores):
-    """Restricts a process to one core, before JAX starts a thread for each available one."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
-    jax.config.update("jax_platforms", "cpu")
-
-
-def measure(cases, num_workers):
-    """Yields the rows as they are finished."""
-    context = multiprocessing.get_context("spawn")
-    cores = context.SimpleQueue()
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    for i in range(num_workers):
-        cores.put(available[i % len(available)])
-    with context.Pool(num_workers, start_worker, (cores,)) as pool:
-        yield from pool.imap_unordered(run_case, cases)
-
-
 DIVERGED = 10.0  # times the size of the solution
 
 
@@ -476,7 +457,7 @@ def main():
     if not args.draw:
         rows = [row for row in rows if row["problem"] not in args.problems]
         cases = select_cases(args.problems, steps, seeds, args.seconds)
-        for row in tqdm(measure(cases, args.workers), total=len(cases)):
+        for row in tqdm(study.on_single_cores(run_case, cases, args.workers), total=len(cases)):
             rows.append(row)
             study.write_csv(args.output, rows)
         rows = study.read_csv(args.output)

@@ -46,6 +46,13 @@ def bilinear(hidden):
     return a * b
 
 
+def gated(hidden):
+    """The same, but no more than linear in large states: where steps are long, and products
+    of products overflow."""
+    a, b = jnp.split(hidden, 2)
+    return a * jnp.tanh(b)
+
+
 class ConvNet(eqx.Module):
     """Layers `[channels[0], *space] -> ... -> [channels[-1], *space]`, periodic in space. Their
     weights have variance gain² / (3 fan-in), those of the last layer 0 if `zero_last`."""
@@ -57,7 +64,7 @@ class ConvNet(eqx.Module):
     def __init__(self, num_spatial_dims, channels, kernel_sizes, *, activation=jax.nn.gelu,
                  dilations=None, gain=1.0, zero_last=False, key):  # fmt: skip
         self.activation = activation
-        factor = 2 if activation is bilinear else 1
+        factor = 2 if activation in (bilinear, gated) else 1
         outputs = [factor * n for n in channels[1:-1]] + [channels[-1]]
         dilations = dilations or len(outputs) * [1]
         keys = jax.random.split(key, len(outputs))

@@ -50,13 +50,15 @@ def test_a_machine_has_a_processor_and_versions():
 #
 
 
-def run_study(name, folder, *arguments):
-    """Returns the lines that it prints, once it has drawn its figure."""
-    figure = folder / "figure.png"
-    options = ("--quick", "--output", str(figure), *arguments)
+def run_study(name, folder, *arguments, figure=True):
+    """Returns the lines that it prints, once it has drawn its figure, if it has one."""
+    path = folder / "figure.png"
+    options = ("--quick", "--output", str(path), *arguments)
     lines = run_example(ROOT / "benchmarks" / name, *options, cwd=folder).splitlines()
-    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
-    assert f"Figure: {figure}" in lines
+    if not figure:
+        return lines
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    assert f"Figure: {path}" in lines
     return lines
 
 
@@ -88,6 +90,48 @@ def test_published_kuramoto_sivashinsky(tmp_path):
         assert [least, most] == pytest.approx(errors, rel=0.05)
         assert least <= cells(lines, name)[0] <= most
     assert cells(lines, "std u of the solver:")[0] == pytest.approx(1.31, rel=0.05)
+
+
+@slow
+def test_published_burgers(tmp_path):
+    import published_burgers
+
+    csv = tmp_path / "scores.csv"
+    lines = run_study("published_burgers", tmp_path, "--seed", "0", "1", "--csv", str(csv))
+    rows = read_csv(csv)
+    ours = 2 * [published_burgers.OURS]
+    exact = list(published_burgers.EXACT)
+    assert [row["model"] for row in rows] == ["persistence", "AR-DenseED", *ours, *exact]
+    assert rows[1]["mse_0.25"] == "0.0499"
+    published, crank_nicolson, hermite = (float(row["mse_0.5"]) for row in rows[-3:])
+    assert hermite < crank_nicolson / 100 < published / 100 < float(rows[0]["mse_0.5"])
+    assert published_burgers.published.markdown(rows, published_burgers.COLUMNS) in "\n".join(
+        lines
+    )
+    assert len(read_csv(tmp_path / "scores_error.csv")) == published_burgers.TEST_STEPS + 1
+
+    lines = run_study("published_burgers", tmp_path, "--ablation", figure=False)
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][2:] == [
+        f"| {name}" for name in list(published_burgers.ABLATION)[:2]
+    ]
+
+
+@slow
+def test_published_superiority(tmp_path):
+    import published_superiority
+
+    csv = tmp_path / "scores.csv"
+    lines = run_study("published_superiority", tmp_path, "--seed", "0", "1", "--csv", str(csv))
+    rows = read_csv(csv)
+    models = [published_superiority.RESIDUAL, *published_superiority.DATA]
+    found = [row["model"] for row in rows]
+    assert all(found.count(model) == 2 for model in models)
+    [paper] = [row for row in rows if row["model"] in published_superiority.PUBLISHED]
+    assert (paper["superiority_1"], paper["superiority_10"]) == ("1", "1.14")
+    [exact] = [row for row in rows if row["model"].startswith("exact step")]
+    assert float(exact["superiority_largest"]) < 1e-3
+    table = published_superiority.published.markdown(rows, published_superiority.COLUMNS)
+    assert table in "\n".join(lines)
 
 
 @slow
