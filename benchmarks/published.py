@@ -98,6 +98,18 @@ def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate)
 #
 
 
+def training_columns(emulator, updates, seconds):
+    """Of a row; empty for what was not trained, `emulator=None`."""
+    if emulator is None:
+        return dict.fromkeys(("parameters", "updates", "seconds", "machine"), "")
+    return {
+        "parameters": num_parameters(emulator),
+        "updates": updates,
+        "seconds": f"{seconds:.1f}",
+        "machine": study.machine("one core"),
+    }
+
+
 def medians(rows, column):
     """`{model: (median, least, most)}` over seeds, for models that have the column."""
     values = {}

@@ -188,17 +188,12 @@ COLUMNS = {
 CSV = pathlib.Path("benchmarks/published_superiority.csv")
 
 
-def make_row(model, superiority, seed="", emulator=None, updates="", seconds=0.0):
+def make_row(model, superiority, seed="", emulator=None, updates="", seconds=""):
     """A row of the CSV file, from the superiority `[step]` from step 1 on."""
     row = {"model": model, "seed": seed}
     row |= {f"superiority_{n}": f"{x:.4g}" for n, x in enumerate(superiority, 1)}
     row["superiority_largest"] = f"{np.max(superiority):.4g}"
-    trained = dict.fromkeys(("parameters", "updates", "seconds", "machine"), "")
-    if emulator is not None:
-        trained["parameters"] = published.num_parameters(emulator)
-        trained |= dict(updates=updates, seconds=f"{seconds:.1f}")
-        trained |= dict(machine=study.machine("one core"))
-    return row | trained
+    return row | published.training_columns(emulator, updates, seconds)
 
 
 def draw(rows, states):

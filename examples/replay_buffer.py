@@ -23,7 +23,8 @@ def diverged(states, bound):
 
 def replay(final_state, fresh, *, lost, share, key):
     """The states to continue from, leaves `[batch, ...]`: the final states of a rollout. States
-    that are `lost`, and a random `share` of the others, are replaced by fresh ones."""
+    that are `lost`, and a random `share` of the others, are replaced by fresh ones. The share
+    is a number, or one for each state."""
     anew = lost | (jax.random.uniform(key, lost.shape) < share)
     choose = lambda x, y: jnp.where(anew.reshape(-1, *[1] * (x.ndim - 1)), x, y)
     return jax.tree.map(choose, fresh, final_state)
