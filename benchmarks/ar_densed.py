@@ -27,6 +27,7 @@ import numpy as np
 import published
 import published_burgers as burgers
 import published_kuramoto_sivashinsky as ks
+import study
 from tqdm import tqdm
 
 
@@ -165,7 +166,8 @@ def main():
         columns = run_kuramoto_sivashinsky(weights, args.draws)
     if args.output:
         columns = np.stack(columns, axis=-1)
-        np.savetxt(args.output, columns, "%.6g", ",", header="time,mse,nrmse", comments="")
+        rows = [dict(zip(("time", "mse", "nrmse"), x, strict=True)) for x in columns]
+        study.write_csv(args.output, [{k: f"{x:.6g}" for k, x in row.items()} for row in rows])
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ def reference(states, substeps=25, num_steps=TEST_STEPS):
 def translate(u, distance):
     """States `[..., NUM_POINTS]` moved to the right, between the points by Fourier series."""
     wavenumbers = 2j * np.pi * np.arange(NUM_POINTS // 2 + 1)
-    return jnp.fft.irfft(jnp.fft.rfft(u) * jnp.exp(-wavenumbers * distance[..., None]))
+    u_hat = jnp.fft.rfft(u) * jnp.exp(-wavenumbers * distance[..., None])
+    return jnp.fft.irfft(u_hat).astype(u.dtype)
 
 
 def in_moving_frame(advance, u):
