@@ -120,8 +120,24 @@ EXAMPLES = {
         colors=common.COLORS[:4],
         options="--updates 3",  # after more of them, but too few, it diverges
     ),
+    "shallow_water": Example(
+        [
+            Table(
+                "nRMSE after",
+                "step 1, step 10",
+                {
+                    "persistence": "0.6427 1.0608",
+                    "exact Crank–Nicolson": "0.0291 0.1239",
+                    "exact Hermite": "* *",
+                    "emulator": "* *",
+                },
+            )
+        ],
+        aspect=13 / 3,
+        colors=common.COLORS[:4],
+    ),
 }
-NOT_PROGRAMS = {"canonical_convolutions", "common", "launcher", "replay_buffer"}
+NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "launcher", "replay_buffer"}
 
 
 def run_example(name, *arguments, cwd):
