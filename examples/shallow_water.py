@@ -107,7 +107,7 @@ def make_training(stepper, key, *, num_updates, residuum_fn=scaled_residual,
         0.0, learning_rate, num_updates // 20, num_updates
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    optimizer = optax.apply_if_finite(optimizer, 100)  # a bad state leaves the parameters alone
+    optimizer = optax.apply_if_finite(optimizer, 100)  # skips bad updates
     arrays, static = eqx.partition(stepper, eqx.is_array)
 
     def update(carry, key):
