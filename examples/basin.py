@@ -124,10 +124,11 @@ def exact_step(residuum_fn):
 
     def step(state, wind):
         residual = lambda fields: residuum_fn(state._replace(fields=fields), state, wind)
-        value, jacobian = jax.linearize(residual, state.fields)
-        options = dict(tol=1e-6, restart=60, maxiter=3)
+        guess = runge_kutta(state, wind, num_substeps=4).fields
+        value, jacobian = jax.linearize(residual, guess)
+        options = dict(tol=3e-4, restart=20, maxiter=10)
         change, _ = jax.scipy.sparse.linalg.gmres(jacobian, -value, **options)
-        return state._replace(fields=state.fields + change)
+        return state._replace(fields=guess + change)
 
     return step
 
@@ -184,20 +185,17 @@ def wind_stress(amplitudes):
     return jnp.einsum("...cp,pxy->...cxy", amplitudes, patterns)
 
 
-def next_amplitudes(amplitudes, key):
-    """After one step of an Ornstein–Uhlenbeck process with a memory of ten steps."""
+def amplitude_series(amplitudes, num_steps, key):
+    """`[..., num_steps, 6]` after the given ones, `[..., 6]`: an Ornstein–Uhlenbeck process
+    with a memory of ten steps."""
     correlation = np.exp(-1 / 10)
-    noise = WIND_SIZE * jax.random.normal(key, amplitudes.shape)
-    return correlation * amplitudes + np.sqrt(1 - correlation**2) * noise
 
+    def step(amplitudes, key):
+        noise = WIND_SIZE * jax.random.normal(key, amplitudes.shape)
+        return 2 * (correlation * amplitudes + np.sqrt(1 - correlation**2) * noise,)
 
-def wind_series(key, num_samples, num_steps):
-    """`[num_samples, num_steps, 2, x, y]`"""
-    keys = jax.random.split(key, num_steps + 1)
-    step = lambda a, key: 2 * (next_amplitudes(a, key),)
-    first = WIND_SIZE * jax.random.normal(keys[0], (num_samples, 6))
-    _, amplitudes = jax.lax.scan(step, first, keys[1:])
-    return wind_stress(jnp.swapaxes(amplitudes, 0, 1))
+    _, series = jax.lax.scan(step, amplitudes, jax.random.split(key, num_steps))
+    return jnp.moveaxis(series, 0, -2)
 
 
 def random_samples(key, num_samples):

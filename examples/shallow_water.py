@@ -50,7 +50,7 @@ class Emulator(eqx.Module):
     layers: list[eqx.nn.Conv2d]
     num_corrections: int = eqx.field(static=True)
 
-    def __init__(self, key, *, width=24, depth=4, num_corrections=2):
+    def __init__(self, key, *, width=16, depth=4, num_corrections=3):
         keys = jax.random.split(key, depth + 4)
         conv = partial(eqx.nn.Conv2d, padding="SAME")  # with zeros, as outside of the basin
         gates = conv(16, depth * width, 1, key=keys[1])
@@ -66,7 +66,8 @@ class Emulator(eqx.Module):
 
         def correct(u_next, _):
             residual = scaled_residual(state._replace(fields=u_next), state, wind)
-            return u_next + self.correction(residual, gates, state), None
+            output = self.network(residual, gates)
+            return u_next + self.correction(output, residual, state), None
 
         u_next, _ = jax.lax.scan(correct, state.fields, length=self.num_corrections)
         return state._replace(fields=u_next)
@@ -80,13 +81,16 @@ class Emulator(eqx.Module):
         gates = 1 + second(jax.nn.gelu(first(jnp.concatenate([of_cells, *of_faces]))))
         return gates.reshape(len(self.layers) - 2, -1, *shape)
 
-    def correction(self, residual, gates, state):
+    def network(self, residual, gates):
         first, *middle, last = self.layers
         hidden = first(residual)
         for layer, gate in zip(middle, gates, strict=True):
             hidden += layer(gate * hidden)
+        return last(hidden)
+
+    def correction(self, output, residual, state):
         faces, depths = basin.open_faces(state.mask), basin.face_depths(state.depth)
-        u_and_v, fluxes = (faces * x for x in jnp.split(last(hidden), 2))
+        u_and_v, fluxes = (faces * x for x in jnp.split(output, 2))
         u_and_v *= basin.CHANGE_SIZE[:2]
         # η follows from continuity, and the network adds what the fourth order adds.
         fluxes = basin.DT / 2 * depths * u_and_v + 0.1 * basin.CHANGE_SIZE[2] * fluxes
@@ -99,30 +103,28 @@ class Emulator(eqx.Module):
 #
 
 
-def make_training(stepper, key, *, num_updates, residuum_fn=scaled_residual,
-                  learning_rate=3e-3, fresh_share=0.01, **options):  # fmt: skip
+def make_training(stepper, key, num_updates, *, residuum_fn=scaled_residual,
+                  num_rollout_steps=1, fresh_share=0.01, **options):  # fmt: skip
     """The carry (arrays of the stepper, optimizer, replay buffer) and `updates: carry, keys ->
     carry, loss`. The buffer holds the amplitudes of the winds beside the states."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, num_updates // 20, num_updates
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    optimizer = optax.apply_if_finite(optimizer, 100)  # skips bad updates
+    rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_updates // 20, num_updates)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    optimizer = optax.apply_if_finite(optimizer, num_updates)  # skips bad updates
     arrays, static = eqx.partition(stepper, eqx.is_array)
 
     def update(carry, key):
         arrays, opt_state, buffer = carry
         sample_key, wind_key, replay_key, states_key = jax.random.split(key, 4)
         samples, (states, amplitudes) = sample(buffer, BATCH_SIZE, sample_key)
-        amplitudes = basin.next_amplitudes(amplitudes, wind_key)
+        amplitudes = basin.amplitude_series(amplitudes, num_rollout_steps, wind_key)
         data = jax.tree.map(lambda x: x[:, None], states)  # [batch, num_snapshots, ...]
-        inputs = basin.wind_stress(amplitudes)[:, None]  # [batch, num_rollout_steps, 2, x, y]
+        inputs = basin.wind_stress(amplitudes)  # [batch, num_rollout_steps, 2, x, y]
 
         def loss_fn(arrays):
-            stepper = eqx.combine(arrays, static)
             return residuum_loss(
-                stepper, data, residuum_fn, inputs=inputs, has_aux=True, **options
-            )
+                eqx.combine(arrays, static), data, residuum_fn, inputs=inputs, has_aux=True,
+                num_rollout_steps=num_rollout_steps, **options,
+            )  # fmt: skip
 
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(arrays)
         updates, opt_state = optimizer.update(grads, opt_state, arrays)
@@ -130,7 +132,7 @@ def make_training(stepper, key, *, num_updates, residuum_fn=scaled_residual,
         buffer = put_back(
             buffer,
             samples,
-            (rollout.final_state, amplitudes),
+            (rollout.final_state, amplitudes[:, -1]),
             basin.random_samples(states_key, BATCH_SIZE),
             lost=lost,
             share=fresh_share,
@@ -147,15 +149,13 @@ def make_training(stepper, key, *, num_updates, residuum_fn=scaled_residual,
     return (arrays, optimizer.init(arrays), basin.random_samples(key, BUFFER_SIZE)), updates
 
 
-def train_emulator(seed, num_updates, *, keys_per_call=20, **options):
+def train_emulator(seed, num_updates, *, emulator=Emulator, **options):
     """A trained emulator, and the seconds that its training took."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    emulator = Emulator(keys[0])
-    carry, updates = make_training(emulator, keys[1], num_updates=num_updates, **options)
-    chunks = jax.random.split(keys[2], (num_updates // keys_per_call, keys_per_call))
-    (arrays, *_), seconds = common.train(
-        updates, carry, chunks, f"{keys_per_call} updates each"
-    )
+    emulator = emulator(keys[0])
+    carry, updates = make_training(emulator, keys[1], num_updates, **options)
+    chunks = jax.random.split(keys[2], (num_updates // 20, 20))
+    (arrays, *_), seconds = common.train(updates, carry, chunks, "20 updates each")
     return eqx.combine(arrays, emulator), seconds
 
 
@@ -165,12 +165,12 @@ def train_emulator(seed, num_updates, *, keys_per_call=20, **options):
 
 
 def main():
-    args = common.parse_options(__doc__, "assets/shallow_water.png", updates=(4000, 20))
+    args = common.parse_options(__doc__, "assets/shallow_water.png", updates=(3200, 20))
     emulator, _ = train_emulator(args.seed, args.updates)
     num_test, num_steps = (2, 10) if args.quick else (NUM_TEST, REPORT_STEPS[-1])
     keys = jax.random.split(jax.random.key(args.seed + 1), 2)
-    states, _ = basin.random_samples(keys[0], num_test)
-    winds = basin.wind_series(keys[1], num_test, num_steps)
+    states, amplitudes = basin.random_samples(keys[0], num_test)
+    winds = basin.wind_stress(basin.amplitude_series(amplitudes, num_steps, keys[1]))
     steppers = {
         "Runge–Kutta": basin.runge_kutta,
         "persistence": lambda state, wind: state,

@@ -1,6 +1,8 @@
 """The basins of examples/basin.py and the emulator of examples/shallow_water.py: walls, mass,
 energy, equilibria, and the orders of the steps."""
 
+from functools import partial
+
 import basin
 import jax
 import jax.numpy as jnp
@@ -135,7 +137,9 @@ def test_the_emulator_keeps_walls_mass_and_basin():
 
 
 def test_winds_have_their_size_and_memory():
-    winds = basin.wind_series(jax.random.key(0), 64, 40)
+    keys = jax.random.split(jax.random.key(0))
+    _, amplitudes = basin.random_samples(keys[0], 64)
+    winds = basin.wind_stress(basin.amplitude_series(amplitudes, 40, keys[1]))
     assert winds.shape == (64, 40, 2, basin.NUM_POINTS, basin.NUM_POINTS)
     amplitudes = winds.mean(axis=(3, 4))  # of the uniform winds
     assert jnp.std(amplitudes) == pytest.approx(basin.WIND_SIZE, rel=0.2)
@@ -145,12 +149,10 @@ def test_winds_have_their_size_and_memory():
 
 @slow
 def test_sizes_are_those_of_trajectories():
-    states, _ = basin.random_samples(jax.random.key(1), 4)
-    fields = basin.rollout(
-        lambda *args: basin.runge_kutta(*args, num_substeps=4),
-        states,
-        basin.wind_series(jax.random.key(2), 4, 50),
-    )
+    states, amplitudes = basin.random_samples(jax.random.key(1), 4)
+    amplitudes = basin.amplitude_series(amplitudes, 50, jax.random.key(2))
+    solver = partial(basin.runge_kutta, num_substeps=4)
+    fields = basin.rollout(solver, states, basin.wind_stress(amplitudes))
     size = lambda x: jnp.sqrt(jnp.mean(x**2, axis=(0, 1, 3, 4)))
     assert np.allclose(size(fields), basin.FIELD_SIZE.ravel(), rtol=0.4)
     assert np.allclose(size(jnp.diff(fields, axis=1)), basin.CHANGE_SIZE.ravel(), rtol=0.4)
