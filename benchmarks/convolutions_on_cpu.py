@@ -216,6 +216,7 @@ def main():
             progress.update()
     if path:
         rows = study.read_csv(path)
+        study.write_table(path, markdown(rows))
     print(f"{args.rollout_steps} steps; each cell: compile time / memory / run time\n")
     print(markdown(rows))
     save_figure(args.output, draw(rows))

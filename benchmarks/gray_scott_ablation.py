@@ -44,16 +44,18 @@ class Recipe(NamedTuple):
 ROWS: dict[str, dict] = {
     "the recipe": {},
     "fields not scaled": dict(scale_fields=False),
-    "residua not scaled": dict(scale_residuals=False),
+    "residuals not scaled": dict(scale_residuals=False),
     "the next state, not its change": dict(start_at_identity=False),
     "not preconditioned": dict(precondition=False),
     "GELU, not products": dict(bilinear=False),
     "4 steps": dict(num_rollout_steps=4),
     "4 steps, `bptt=1`": dict(num_rollout_steps=4, cuts=Cuts(bptt=1)),
-    "no pool": dict(buffer_size=0),
-    "no pool, 16 steps, `bptt=1`": dict(buffer_size=0, num_rollout_steps=16, cuts=Cuts(bptt=1)),
+    "no replay buffer": dict(buffer_size=0),
+    "no replay buffer, 16 steps, `bptt=1`": dict(
+        buffer_size=0, num_rollout_steps=16, cuts=Cuts(bptt=1)
+    ),
     "batches of 64, not 4": dict(batch_size=64),
-    "none of it": dict(
+    "none of these": dict(
         scale_fields=False,
         scale_residuals=False,
         start_at_identity=False,
@@ -150,7 +152,7 @@ def score(row):
 COLUMNS = {
     "patterns, u and v, 50": "patterns: u and v",
     "patterns, v, 50": "v",
-    "seeds, u and v, 50": "seeds: u and v",
+    "seeds, u and v, 50": "spots: u and v",
     "seeds, v, 50": "v",
 }
 
@@ -163,11 +165,11 @@ def markdown(rows):
         errors = [float(best[column]) for column in COLUMNS]
         errors = [f"{x:.3f}" if x < 10 else "diverges" for x in errors]  # or NaN
         steps = min(int(best[f"{start}, better"]) for start in ("patterns", "seeds"))
-        better = f"{steps} of 50"
+        better = f"{steps} of 50 steps"
         if name == "persistence":
             name, better = "*persistence*", ""
-        lines.append([name, *errors, better, best["updates"], best["learning rate"]])
-    columns = ["trained with", *COLUMNS.values(), "better for", "updates", "rate"]
+        lines.append([name, *errors, better, best["updates"]])
+    columns = ["trained with", *COLUMNS.values(), "better than persistence", "updates"]
     return study.markdown(columns, lines)
 
 
@@ -188,7 +190,7 @@ def main():
         return
     rates, num_test = LEARNING_RATES, gray_scott.NUM_TEST
     if args.quick:
-        args.rows, rates, num_test = ("no pool",), LEARNING_RATES[:1], 4
+        args.rows, rates, num_test = ("no replay buffer",), LEARNING_RATES[:1], 4
 
     train_key, test_key = jax.random.split(jax.random.key(args.seed))
     start_key, updates_key = jax.random.split(train_key)
@@ -212,6 +214,7 @@ def main():
             study.write_csv(args.output, rows)
             print(name, rate, *(f"{row[column]:.4f}" for column in COLUMNS), flush=True)
     print("\n" + markdown(rows))
+    study.write_table(args.output, markdown(rows))
 
 
 if __name__ == "__main__":

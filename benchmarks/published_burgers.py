@@ -414,6 +414,7 @@ def main():
         print(published.markdown(rows, ABLATION_COLUMNS))
         if args.csv or not args.quick:
             study.write_csv(path, rows)
+            study.write_table(path, published.markdown(rows, ABLATION_COLUMNS))
         return
 
     u = np.broadcast_to(solver[:, :1], solver.shape)
@@ -435,6 +436,7 @@ def main():
     print(published.markdown(rows, COLUMNS))
     if args.csv or not args.quick:
         study.write_csv(path, rows)
+        study.write_table(path, published.markdown(rows, COLUMNS))
         columns = [[f"{x:.4g}" for x in column] for column in errors.values()]
         table = [dict(zip(errors, x, strict=True)) for x in zip(*columns, strict=True)]
         study.write_csv(path.with_stem(f"{path.stem}_error"), table)

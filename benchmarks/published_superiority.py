@@ -255,6 +255,7 @@ def main():
     print(published.markdown(rows, COLUMNS))
     if args.csv or not args.quick:
         study.write_csv(args.csv or CSV, rows)
+        study.write_table(args.csv or CSV, published.markdown(rows, COLUMNS))
     save_figure(args.output, draw(rows, states))
 
 

@@ -78,10 +78,10 @@ def scaled_crank_nicolson(u_next, u_prev, wind):
 
 
 OURS, REFINED, EXACT = "residuum", "Runge–Kutta, dt / 32", "exact step, Hermite"
-OTHERS = {
+OTHERS = {  # the references first
     REFINED: partial(basin.runge_kutta, num_substeps=32),
-    "Runge–Kutta, dt / 16": basin.runge_kutta,
     EXACT: basin.exact_step(basin.hermite),
+    "Runge–Kutta, dt / 16": basin.runge_kutta,
     "exact step, Crank–Nicolson": basin.exact_step(basin.crank_nicolson),
     "persistence": lambda state, wind: state,
 }
@@ -193,8 +193,8 @@ class Run(NamedTuple):
 
 
 def train_and_run(case):
-    """Returns a case (model, recipe, seed, number of updates, tests) and its `Run`. Without a
-    recipe, the model is one of `OTHERS`."""
+    """Of a case (model, recipe, seed, number of updates, tests), where a model without a recipe
+    is one of `OTHERS`. Returns model and seed, and a `Run`."""
     model, recipe, seed, num_updates, tests = case
     if recipe is None:
         stepper, trained = OTHERS[model], {}
@@ -207,7 +207,8 @@ def train_and_run(case):
     }
     advance = partial(after, tests.long_steps, stepper)
     mass = mass_error(fields["random"], states)
-    return case, Run(fields, mass, set_up(advance), gyre(advance), **trained)
+    run = Run(fields, mass, set_up(advance), gyre(advance), **trained)
+    return (model, seed), run
 
 
 #
@@ -223,21 +224,23 @@ REFERENCES = {  # of the columns
 }
 
 
-def error_columns(name):
-    return {f"step {n}": (f"{name}_{n}", "{:.4f}") for n in REPORT_STEPS}
+def error_columns(name, what, steps=REPORT_STEPS):
+    return {f"{what}step {n}": (f"{name}_{n}", "{:.4f}") for n in steps}
 
 
-TABLES = {
-    "random winds, against the refined solution": {
-        **error_columns("refined"),
+TABLES = {  # and the endings of their files
+    "": {
+        **error_columns("refined", ""),
+        **error_columns("exact", "from exact, ", (50, 200)),
         "parameters": ("parameters", "{:.0f}"),
         "updates": ("updates", "{:.0f}"),
         "training": ("seconds", "{:.0f} s"),
     },
-    "random winds, against the exact Hermite step": error_columns("exact"),
-    "a gale that turns": error_columns("turning"),
-    "a wind that stops after 50 steps": error_columns("stopping"),
-    "checks": {
+    "_winds": {
+        **error_columns("turning", "gale, ", (10, 50, 200)),
+        **error_columns("stopping", "stops, ", (10, 50, 200)),
+    },
+    "_checks": {
         "mass": ("mass", "{:.0e}"),
         "finite": ("finite", "{:.0f}"),
         "set-up": ("set_up", "{:.4f}"),
@@ -246,17 +249,17 @@ TABLES = {
     },
 }
 ABLATION_TABLES = {
-    "random winds, against the refined solution": {
-        **error_columns("refined"),
+    "": {
+        **error_columns("refined", ""),
+        **error_columns("exact", "from exact, ", (50,)),
         "finite": ("finite", "{:.0f}"),
         "updates": ("updates", "{:.0f}"),
     }
 }
 
 
-def make_row(case, run, runs):
-    """From a run, and those of all models, `{model: run}`."""
-    model, _, seed, num_updates, _ = case
+def make_row(model, seed, num_updates, run, runs):
+    """From a run, and those of the references, `{model: run}`."""
     row = {"model": model, "seed": seed}
     for name, (kind, reference) in REFERENCES.items():
         if kind in run.fields:
@@ -306,11 +309,12 @@ def draw(runs, states, step):
         solution = runs[REFINED].fields[kind]
         errors = {m: basin.relative_error(runs[m].fields[kind], solution) for m in models}
         common.plot_errors(axis, basin.DT, errors, title)
+        axis.lines[-1].set(linewidth=4, alpha=0.4, zorder=1)  # below that of the exact step
     bottom.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
-def animate(path, runs, states, num_frames=100):
+def animate(path, runs, states, num_steps=120):
     """Writes a GIF: the solver and the emulator under a gale that turns."""
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.5), layout="constrained")
     trajectories = {"solver": runs[REFINED], "emulator": runs[OURS]}
@@ -322,9 +326,9 @@ def animate(path, runs, states, num_frames=100):
             basin.show_basin(axis, f"{name}, step {n}", states.mask[0], fields)
             axis.set(xticks=[], yticks=[], aspect="equal")
 
-    steps = range(0, min(num_frames, len(runs[OURS].fields["turning"][0])), 2)
+    steps = range(0, min(num_steps, len(runs[OURS].fields["turning"][0])), 3)
     animation = matplotlib.animation.FuncAnimation(figure, frame, steps)
-    animation.save(path, writer="pillow", fps=10, dpi=75)
+    animation.save(path, writer="pillow", fps=8, dpi=60)
     print(f"Animation: {path}")
 
 
@@ -351,16 +355,22 @@ def main():
         for model, recipe in recipes.items()
         for seed in args.seed
     ]
-    others = list(OTHERS)[:3] if args.ablation else OTHERS
+    others = list(OTHERS)[:2] if args.ablation else OTHERS
     cases = [(model, None, "", "", tests) for model in others]
     cases += trained[:2] if args.quick else trained
     results = dict(study.on_single_cores(train_and_run, cases))
-    runs = {case[0]: results[case] for case in reversed(cases)}  # of the first seed
-    rows = [make_row(case, results[case], runs) for case in cases if case[0] != REFINED]
-    for title, columns in (ABLATION_TABLES if args.ablation else TABLES).items():
-        print(f"\n{title}\n\n{published.markdown(rows, columns)}")
-    if args.csv or not args.quick:
-        study.write_csv(args.csv or (ABLATION_CSV if args.ablation else CSV), rows)
+    rows, runs = [], {}
+    for model, _, seed, updates, _ in cases:
+        runs.setdefault(model, results[model, seed])  # that of the first seed
+        if model != REFINED:
+            rows.append(make_row(model, seed, updates, results[model, seed], runs))
+    path = args.csv or (ABLATION_CSV if args.ablation else CSV)
+    for ending, columns in (ABLATION_TABLES if args.ablation else TABLES).items():
+        table = published.markdown(rows, columns)
+        print(f"\n{table}")
+        if args.csv or not args.quick:
+            study.write_csv(path, rows)
+            study.write_table(path.with_stem(path.stem + ending), table)
     if not args.ablation:
         states, _ = states_and_winds(tests)
         common.save_figure(args.output, draw(runs, states, min(50, tests.num_steps)))

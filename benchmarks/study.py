@@ -64,6 +64,14 @@ def markdown(columns, rows, num_names=1):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def write_table(path, table):
+    """Replaces the table in the Markdown file beside a CSV file, for the documentation."""
+    path = path.with_suffix(".md")
+    text = path.read_text() if path.exists() else f"# {path.stem}"
+    head = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    path.write_text(f"{head.rstrip()}\n\n{table}\n")
+
+
 def with_prefix(x, unit):
     """Three digits and a prefix: 1.5 ms, 20 MB."""
     prefixes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1, "m": 1e-3, "µ": 1e-6}

@@ -1,14 +1,18 @@
-"""What mkdocs does not do by itself: figures and links that lie outside of docs/.
+"""What mkdocs does not do by itself: what lies outside of docs/, formulas, and a summary.
 
 On a forge that renders Markdown, the pages may be read as they are, so they link to
-`../assets/...` and `../examples/...`. Here the figures become part of the site, and all other
-files of the repository are linked where `project.urls.Repository` of pyproject.toml says.
+`../assets/...` and `../examples/...`. Here figures become part of the site, tables of
+benchmarks/ appear where a line links to them, and other files are linked in the repository,
+whose address is `project.urls.Repository` of pyproject.toml. README is the front page. Formulas
+become MathML, which browsers show without a script.
 """
 
+import html
 import pathlib
 import re
 import tomllib
 
+import latex2mathml.converter
 from mkdocs.structure.files import File
 
 
@@ -28,10 +32,18 @@ def on_files(files, config):
     for path in sorted((ROOT / "assets").iterdir()):
         name = f"assets/{path.name}"
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    front_page = re.sub(r"\]\((?!https?:|#|docs/)", "](../", (ROOT / "README.md").read_text())
+    front_page = front_page.replace("](docs/", "](")
+    front_page = f"---\ndescription: {config.site_description}\n---\n\n{front_page}"
+    files.append(File.generated(config, "index.md", content=front_page))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
+    def table(match):
+        lines = (ROOT / match[1]).read_text().splitlines()
+        return "\n".join(line for line in lines if line.startswith("|"))
+
     def link(match):
         text, path = match.groups()
         if path.startswith("assets/"):
@@ -41,4 +53,29 @@ def on_page_markdown(markdown, page, config, files):
         # Without an address there is nothing to link to.
         return f"[{text}]({config.repo_url}/blob/main/{path})" if config.repo_url else text
 
+    markdown = re.sub(
+        r"^\[[^\[\]]*\]\(\.\./(benchmarks/\w+\.md)\)$", table, markdown, flags=re.MULTILINE
+    )
     return re.sub(r"\[([^\[\]]*)\]\(\.\./([^)#]+)\)", link, markdown)
+
+
+def on_page_content(content, page, config, files):
+    def mathml(match):
+        formula, display = html.unescape(match[3]), "block" if match[1] == "div" else "inline"
+        return latex2mathml.converter.convert(formula, display=display)
+
+    pattern = r'<(div|span) class="arithmatex">\\(\[|\()(.*?)\\[\])]</\1>'
+    return re.sub(pattern, mathml, content, flags=re.DOTALL)
+
+
+def on_post_build(config):
+    """Writes llms.txt, a summary of the pages, from their descriptions."""
+    lines = ["# residuum", "", f"> {config.site_description}", ""]
+    pages = [item for item in config.nav_pages if item.meta.get("description")]
+    lines += [f"- [{page.title}]({page.url}): {page.meta['description']}" for page in pages]
+    (pathlib.Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n")
+
+
+def on_nav(nav, config, files):
+    config.nav_pages = nav.pages
+    return nav

@@ -23,7 +23,13 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # In which each block goes on from all those before it. Elsewhere a block goes on from the
 # first block of its page (of its section, in README), and can be copied together with that.
-WALKS = ("first_steps.md", "scaling_out.md", "your_own_problem.md")
+WALKS = (
+    "boundary_conditions.md",
+    "first_steps.md",
+    "forcing.md",
+    "scaling_out.md",
+    "your_own_problem.md",
+)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -94,12 +100,6 @@ def example_trains(*, value, loss, data, **_):
     assert 0.9 < loss(jnp.zeros(9), data) < 1.1
 
 
-@claim("right, rollout = check(")
-def the_solver_has_no_residuum(*, right, wrong, rollout, **_):
-    assert right < 1e-13 and wrong > 1
-    assert rollout.final_state.shape == (64, 32)
-
-
 @claim("swapped")
 def first_steps_find_mistakes_and_train(
     *, check, data, solver_step, heat_residuum, swapped, wrong_sign, **names
@@ -107,78 +107,131 @@ def first_steps_find_mistakes_and_train(
     assert check(solver_step, data, heat_residuum) < 1e-13
     assert check(solver_step, data, swapped) > 1
     assert check(solver_step, data, wrong_sign) > 0.5
-    loss_of_explicit_step = names["loss_of_explicit_step"]
-    for sign, ratio in ((1.0, 16), (-1.0, 4)):
-        losses = [loss_of_explicit_step(dt, sign) for dt in (0.05, 0.025)]
+    loss_of_fine_steps = names["loss_of_fine_steps"]
+    for implicit, sign, ratio in ((1, 1, 16), (0.5, 1, 64), (0.3, 1, 16), (0.5, -1, 4)):
+        losses = [loss_of_fine_steps(dt, implicit, sign) for dt in (0.1, 0.05)]
         assert abs(losses[0] / losses[1] - ratio) < 0.1 * ratio
     assert names["history"][-1] < 0.1 * names["history"][0]
     assert names["errors"].shape == (10,)
 
 
-@claim("persistence = nrmse(")
+@claim("emulator, baseline = nrmse(")
 def your_own_problem_beats_persistence_at_every_step(
-    *, check, solver, standing_still, untrained, data, imex_euler, scaled, condition, **names
+    *, check, solver, persistence, untrained, data, imex_euler, scaled, condition, **names
 ):
     assert check(solver, data, imex_euler) < 1e-13
-    assert check(standing_still, data, imex_euler) > 1e-6
-    assert abs(check(standing_still, data, scaled) - 1) < 1e-5
+    assert check(persistence, data, imex_euler) > 1e-6
+    assert abs(check(persistence, data, scaled) - 1) < 1e-5
     assert abs(untrained - 1) < 1e-5
     assert abs(condition - 2.28) < 1e-5
-    emulator, persistence = names["emulator"], names["persistence"]
+    emulator, baseline = names["emulator"], names["baseline"]
     assert emulator.shape == (51, 2)
-    assert jnp.all(emulator[1:] < persistence[1:])
-    assert jnp.all(emulator[50] < 0.5 * persistence[50])
+    assert jnp.all(emulator[1:] < baseline[1:])
+    assert jnp.all(emulator[50] < 0.5 * baseline[50])
+
+
+@claim("dirichlet_errors")
+def boundary_conditions_need_the_padding_of_the_equation(
+    *, exact_step, implicit_euler, dirichlet, neumann, unseen, **names
+):
+    for name, bound in (("dirichlet", 0.01), ("neumann", 0.02), ("robin", 0.02)):
+        right, zeros = names[f"{name}_errors"]
+        assert right < bound and zeros > 10 * right
+    for name, bound in (("wave", 0.04), ("heated", 0.05), ("flow", 1e-3)):
+        right, wrong = names[f"{name}_errors"]
+        assert right < bound and wrong > 8 * right
+    soft, hard = names["at_the_wall"]
+    assert hard == 0 and soft > 0.1
+    # The exact steps, by series: sines vanish at the walls, cosines have no slope there.
+    phase = jnp.pi * (jnp.arange(32) + 0.5) / 32
+    for mode in (1, 2, 5):
+        decay = 1 / (3 - 2 * jnp.cos(mode * jnp.pi / 32))
+        for pad, shape in ((dirichlet, jnp.sin), (neumann, jnp.cos)):
+            u = shape(mode * phase)
+            u_next = exact_step(partial(implicit_euler, pad=pad), u)
+            assert_close_to(u_next, decay * u)
+
+
+@claim("burn_in")
+def recipe_of_the_pushforward_is_the_gradient_of_the_last_step(
+    *, update, kernel, data, emulate, heat_residuum, **_
+):
+    last_only = dict(weights=jnp.arange(10) == 9, cuts=Cuts(bptt=True), num_rollout_steps=10)
+    loss = lambda kernel: textbook_loss(
+        partial(emulate, kernel), data, heat_residuum, **last_only
+    )
+    kernel = 0.9 * kernel
+    expected = jax.jit(jax.grad(loss))(kernel)
+    assert_close_to((kernel - update(kernel, data)) / 0.02, expected, 1e-3)
+
+
+@claim("K1, K2 = 2, 6")
+def recipe_of_overlapping_windows_differentiates_through_each_of_them(
+    *, update, kernel, data, emulate, heat_residuum, **_
+):
+    weights = jnp.array([0, 0, 0, 0, 1, 1])
+    loss = lambda kernel: textbook_loss(
+        partial(emulate, kernel), data, heat_residuum, num_rollout_steps=6, weights=weights
+    )
+    new_kernel, state = update(kernel, data)
+    assert_close_to((kernel - new_kernel) / 0.002, jax.jit(jax.grad(loss))(kernel), 1e-2)
+    two_steps = jax.vmap(lambda u: emulate(kernel, emulate(kernel, u)))(data[:, 0])
+    assert_close_to(state[:, 0], two_steps)
+
+
+@claim("reference_t")
+def recipe_with_data_is_the_supervised_loss(*, supervised_loss, kernel, data, emulate, **_):
+    reference = jax.random.normal(jax.random.key(1), (64, 3, 32))
+    u, expected = data[:, 0], 0.0
+    for t in range(3):
+        u = jax.vmap(partial(emulate, kernel))(u)
+        expected += jnp.mean((u - reference[:, t]) ** 2)
+    assert_close_to(supervised_loss(kernel, reference), expected)
+
+
+@claim("flux_form")
+def recipes_conserve_the_mean(*, flux_form, projection, kernel, data, **_):
+    for stepper in (flux_form, projection):
+        u_next = jax.vmap(partial(stepper, 0.1 * kernel))(data[:, 0])
+        assert jnp.max(jnp.abs(jnp.mean(u_next - data[:, 0], axis=1))) < 1e-6
+
+
+@claim("coarse_solver")
+def recipe_of_the_hybrid_model_improves_its_solver(*, loss, correction, **_):
+    assert loss(correction) < 0.01 * loss(jnp.zeros(9))
+
+
+@claim("emulate_bundle")
+def recipe_of_temporal_bundling_has_the_residuals_of_a_rollout(
+    *, loss, data, kernel, emulate, heat_residuum, **_
+):
+    u, u_next = data[:, 0], jax.vmap(partial(emulate, kernel))(data[:, 0])
+    residuals = [jax.vmap(heat_residuum)(*pair) for pair in ((u_next, u), *2 * [(u_next,) * 2])]
+    assert_close_to(loss, jnp.mean(jnp.stack(residuals) ** 2))
+
+
+@claim("save_only_these_names")
+def recipe_that_saves_named_activations_has_the_same_gradient(*, grad, loss, kernel, save, **_):
+    everything = jax.checkpoint_policies.everything_saveable
+    assert_close_to(grad, jax.grad(loss)(kernel, everything))
+    nothing = jax.checkpoint_policies.nothing_saveable
+    sizes = [
+        memory(lambda kernel, policy=policy: jax.grad(loss)(kernel, policy), kernel)
+        for policy in (everything, save, nothing)
+    ]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@claim("cosine = cut @ full")
+def the_bias_of_a_cut_falls_with_the_length_of_its_segments(*, loss, kernel, data, full, **_):
+    cuts = [jax.grad(loss)(kernel, data, Cuts(bptt=k)) for k in (1, 4, 16)]
+    distances = [jnp.linalg.norm(cut - full) for cut in cuts]
+    assert distances[0] > distances[1] > distances[2] == 0
 
 
 @claim('params["diffusion"]')
 def recipe_learns_the_physical_parameter(*, params, **_):
     assert abs(params["diffusion"] - 0.5) < 1e-3
-
-
-@claim("navier_stokes_residuum")
-def recipe_of_the_differential_algebraic_equation_trains(*, check, history, **_):
-    assert check() < 1e-9
-    assert history[-1] < history[0]
-
-
-@claim("eqx.nn.BatchNorm")
-def recipe_gives_equinox_the_statistics_of_the_whole_batch(
-    *, statistics, grads, network, data, **_
-):
-    hidden, out = network.hidden, network.out
-    expected = running_statistics(
-        data[:, 0], hidden.weight.T, hidden.bias, out.weight.T, out.bias
-    )
-    assert_statistics(statistics, expected)
-    assert any(jnp.any(g != 0) for g in jax.tree.leaves(grads))
-
-
-@claim("nnx.BatchStat")
-def recipe_gives_nnx_the_statistics_of_the_whole_batch(
-    *, statistics, grads, emulator, data, **_
-):
-    hidden, out = emulator.hidden, emulator.out
-    layers = [x[...] for x in (hidden.kernel, hidden.bias, out.kernel, out.bias)]
-    assert_statistics(statistics, running_statistics(data[:, 0], *layers))
-    assert any(jnp.any(g != 0) for g in jax.tree.leaves(grads))
-
-
-def running_statistics(u, w_in, b_in, w_out, b_out):
-    """Of three steps of the recipe, by hand, with momentum 0.99."""
-    mean, variance = 0, 1
-    for _ in range(3):
-        hidden = u @ w_in + b_in
-        batch_mean, batch_variance = jnp.mean(hidden, axis=0), jnp.var(hidden, axis=0)
-        mean = 0.99 * mean + 0.01 * batch_mean
-        variance = 0.99 * variance + 0.01 * batch_variance
-        normed = (hidden - batch_mean) / jnp.sqrt(batch_variance + 1e-5)
-        u = u + jnp.tanh(normed) @ w_out + b_out
-    return mean, variance
-
-
-def assert_statistics(statistics, expected):
-    mean, variance = [x for x in jax.tree.leaves(statistics) if x.shape == (64,)]
-    chex.assert_trees_all_close((mean, variance), expected, rtol=1e-3, atol=1e-5)
 
 
 @claim("jax.lax.pmean(hidden")
@@ -208,15 +261,16 @@ def recipe_with_a_named_axis_has_the_gradient_of_the_whole_batch(
     assert memory(jax.grad(vmap_outside), params) > 8 * memory(jax.grad(named), params)
 
 
-@claim("def emulate_forced")
+@claim("error = nrmse(kernels, u_0, draw")
 @config("jax_enable_x64", False)
 def recipe_follows_a_forcing_that_it_has_not_seen(
-    *, error, kernels, u_0, draw, emulate, nrmse, **names
+    *, error, kernels, u_0, draw, convolve, nrmse, source, true_source, **names
 ):
     assert error < 0.01
     not_forced = {**kernels, "f": jnp.zeros(9)}
     f = draw(jax.random.key(3), 20)
     assert nrmse(not_forced, u_0, f) > 0.9
+    assert jnp.linalg.norm(source - true_source) < 0.2 * jnp.linalg.norm(true_source)
     # The steps by hand, with the forcing at both ends of each.
     laplacian = jnp.roll(jnp.eye(32), 1, axis=0) + jnp.roll(jnp.eye(32), -1, axis=0)
     laplacian = laplacian - 2 * jnp.eye(32)
@@ -226,8 +280,8 @@ def recipe_follows_a_forcing_that_it_has_not_seen(
         f_mean = (f["prev"][:, t] + f["next"][:, t]) / 2
         right_hand_side = exact + 0.25 * exact @ laplacian + f_mean
         exact = jnp.linalg.solve(jnp.eye(32) - 0.25 * laplacian, right_hand_side.T).T
-        forced = jax.vmap(partial(emulate, kernels["f"]))(2 * f_mean)
-        emulated = jax.vmap(partial(emulate, kernels["u"]))(emulated) + forced
+        forced = jax.vmap(partial(convolve, kernels["f"]))(2 * f_mean)
+        emulated = jax.vmap(partial(convolve, kernels["u"]))(emulated) + forced
     by_hand = jnp.linalg.norm(emulated - exact) / jnp.linalg.norm(exact)
     assert abs(error / by_hand - 1) < 1e-2
 
@@ -237,34 +291,10 @@ def recipe_of_the_curriculum_compiles_each_length(*, update, **_):
     assert update._cache_size() == 3
 
 
-@claim("t < length")
-def recipe_of_the_curriculum_without_recompiling_is_the_mean_over_fewer_levels(
-    *, loss, update, emulate, heat_residuum, data, **_
-):
-    assert update._cache_size() == 1
-    stepper = lambda kernel: partial(emulate, kernel)
-    for scale in (1.0, 1e4):  # the latter overflows in twenty steps
-        kernel = scale * jnp.zeros(9, jnp.float32).at[3].set(1.0)
-        short = lambda kernel: (
-            textbook_loss(stepper(kernel), data, heat_residuum, num_rollout_steps=3) / 3
-        )
-        assert_close_to(
-            jax.jit(jax.value_and_grad(loss))(kernel, 3),
-            jax.jit(jax.value_and_grad(short))(kernel),
-        )
-    weights = (jnp.arange(20) < 3) / 3
-    not_held = residuum_loss(
-        stepper(kernel), data, heat_residuum, num_rollout_steps=20, weights=weights
-    )
-    assert jnp.isnan(not_held)
-
-
 @claim('static_argnames="k"')
-@claim("cut_after = ")
 def recipe_schedules_the_cuts(*, update, emulate, heat_residuum, data, **names):
-    is_static = "cut_after" not in update.__wrapped__.__code__.co_cellvars
     kernel = jnp.zeros(9, jnp.float32).at[3].set(1.0)
-    assert update._cache_size() == (5 if is_static else 1)
+    assert update._cache_size() == 5
     assert jnp.all(jnp.isfinite(names["kernel"]))
     for k in (1, 2, 4, 8, 16):
         loss = lambda kernel: textbook_loss(
@@ -276,14 +306,8 @@ def recipe_schedules_the_cuts(*, update, emulate, heat_residuum, data, **names):
         )
         grad = jax.jit(jax.grad(loss))(kernel)
         assert_close_to((kernel - update(kernel, k)) / 0.001, grad, 1e-3)
-    if is_static:
-        sizes = [memory(partial(update, k=k), kernel) for k in (1, 2, 4, 8, 16)]
-        assert sizes == sorted(sizes) and sizes[0] < sizes[-1] / 4
-    else:
-        uncut = lambda kernel: residuum_loss(
-            partial(emulate, kernel), data, heat_residuum, num_rollout_steps=16
-        )
-        assert memory(update, kernel, 1) > 0.95 * memory(jax.grad(uncut), kernel)
+    sizes = [memory(partial(update, k=k), kernel) for k in (1, 2, 4, 8, 16)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] / 4
 
 
 @claim("inverse = 1 / (rollout.time_level_losses")
@@ -299,22 +323,6 @@ def recipe_adapts_the_weights_to_the_losses(*, history, update, weights, kernel,
     # And the weights are used.
     other, *_ = update(kernel, weights[::-1])
     assert jnp.any(other != update(kernel, weights)[0])
-
-
-@claim("balanced_weights")
-def recipe_balances_the_gradients_of_all_levels(
-    *, weights, kernel, emulate, heat_residuum, data, **_
-):
-    def loss_of_level(kernel, level):
-        weights = jnp.arange(5) == level
-        stepper = partial(emulate, kernel)
-        return textbook_loss(stepper, data, heat_residuum, num_rollout_steps=5, weights=weights)
-
-    grads = [jax.grad(loss_of_level)(kernel, level) for level in range(5)]
-    norms = jnp.stack([jnp.linalg.norm(grad) for grad in grads])
-    assert jnp.max(norms) > 2 * jnp.min(norms)
-    assert_close_to(weights * norms, jnp.mean(weights * norms) * jnp.ones(5))
-    assert abs(jnp.sum(weights) - 5) < 1e-4
 
 
 @claim("for eps in (1.0, 10.0, 100.0)")
@@ -338,43 +346,24 @@ def recipe_opens_one_level_after_the_other(*, history, update, emulate, data, **
     assert jnp.any(new_kernel != update(kernel, weights, eps)[0])
 
 
-@claim("pool.at[batch]")
+@claim("buffer.at[batch]")
 @config("jax_enable_x64", False)
-def recipe_keeps_a_pool(*, kernel, pool, update, draw, **_):
+def recipe_keeps_a_replay_buffer(*, kernel, buffer, update, draw, **_):
     fresh = draw(jax.random.key(1), 256)
-    was_visited = jnp.any(pool != fresh, axis=1)
+    was_visited = jnp.any(buffer != fresh, axis=1)
     assert jnp.mean(was_visited) > 0.9
-    energy = jnp.mean(pool**2, axis=1)
+    energy = jnp.mean(buffer**2, axis=1)
     assert jnp.any(energy[was_visited] > 0.5)  # started anew: the others have decayed
     assert jnp.mean(energy < 0.2) > 0.5
-    # One update: a batch goes on, the rest of the pool stays.
+    # One update: a batch goes on, the rest of the buffer stays.
     key = jax.random.key(3)
-    new_kernel, after = update(kernel, pool, key)
-    assert jnp.sum(jnp.any(after != pool, axis=1)) == 64
+    new_kernel, after = update(kernel, buffer, key)
+    assert jnp.sum(jnp.any(after != buffer, axis=1)) == 64
     assert jnp.any(new_kernel != kernel)
     # What is not finite is replaced and harms nothing.
-    new_kernel, after = update(kernel, jnp.full_like(pool, jnp.nan), key)
+    new_kernel, after = update(kernel, jnp.full_like(buffer, jnp.nan), key)
     assert jnp.sum(jnp.isfinite(after).all(axis=1)) == 64
     assert (new_kernel == kernel).all()
-
-
-@claim("emulate_history")
-def recipe_with_a_history_has_the_gradient_of_a_loop_by_hand(
-    *, grad, emulate, heat_residuum, kernel, data, **_
-):
-    def loss(kernels):
-        loss, u, before = 0.0, data[:, 0], data[:, 0]
-        for _ in range(3):
-            newest = jax.vmap(partial(emulate, kernels[0]))(u)
-            u_next = newest + jax.vmap(partial(emulate, kernels[1]))(before)
-            loss = loss + jnp.mean(jax.vmap(heat_residuum)(u_next, u) ** 2)
-            u, before = u_next, u
-        return loss
-
-    kernels = jnp.stack([kernel, 0.1 * kernel[::-1] + 0.01])
-    expected = jax.jit(jax.grad(loss))(kernels)
-    assert jnp.linalg.norm(expected[1]) > 0.1
-    assert_close_to(grad(kernels), expected)
 
 
 @claim("def noisy(u, key)")
@@ -419,7 +408,6 @@ def memory(function, *args):
 
 
 @claim("checkpointer.restore")
-@claim("tree_deserialise_leaves")
 def recipe_brings_back_what_was_saved(*, keys, states, data, **_):
     assert (states["key"] == keys).all()
     assert (states["u"] == data).all()
@@ -558,7 +546,7 @@ def test_faq_has_these_messages():
 
 
 #
-# README is complete, and the same as the front page
+# README is complete
 #
 
 
@@ -568,18 +556,17 @@ def test_readme_names_every_parameter():
         assert f"`{name}`" in README.read_text()
 
 
-def test_front_page_and_readme_show_the_same_example():
-    index = ROOT / "docs" / "index.md"
-    assert BLOCK.findall(index.read_text())[0] == BLOCK.findall(README.read_text())[0]
-
-
 #
 # Form
 #
 
 
+def test_the_documentation_is_short():
+    assert sum(len(page.read_text().split()) for page in PAGES) <= 18_000
+
+
 def test_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 250
+    assert len(README.read_text().splitlines()) <= 180
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -613,7 +600,8 @@ def test_links_to_files_and_sections_that_exist(page):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     listed = re.findall(r"(\w+\.md)$", navigation, re.MULTILINE)
-    assert sorted(listed) == sorted(page.name for page in PAGES if page != README)
+    pages = [page.name for page in PAGES if page != README]
+    assert sorted(listed) == sorted([*pages, "index.md"])  # which is README
 
 
 def test_every_figure_is_shown():

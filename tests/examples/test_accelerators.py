@@ -329,7 +329,7 @@ def test_many_chips_are_as_few(compiler, target):
 
 
 #
-# The tables of docs/scaling_out.md are those of benchmarks/accelerators.csv
+# The tables of benchmarks/accelerators_*.md are those of benchmarks/accelerators.csv
 #
 
 PROGRAMS = {  # loss, cut, options
@@ -352,8 +352,9 @@ OF_2D += [("`checkpoint=True`", 1000), ("`bptt=1`", 1000)]
 
 
 def figures_of_the_page():
-    """Target, network, program, number of steps, and what the page says of it."""
-    page = (ROOT / "docs" / "scaling_out.md").read_text()
+    """Target, network, program, number of steps, and what the tables say of it."""
+    names = ("accelerators_2d", "accelerators_3d_h100", "accelerators_3d_tpu")
+    page = "".join((ROOT / "benchmarks" / f"{name}.md").read_text() for name in names)
     tables = (
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
         for table in re.findall(r"(?:^\|.*\|\n)+", page, re.MULTILINE)

@@ -108,15 +108,15 @@ def test_quick_ablation_runs(tmp_path):
     script, path = ROOT / "benchmarks" / "gray_scott_ablation.py", tmp_path / "ablation.csv"
     output = run_program(script, "--quick", "--output", str(path), cwd=tmp_path)
     rows = study.read_csv(path)
-    assert [row["row"] for row in rows] == ["persistence", "no pool"]
+    assert [row["row"] for row in rows] == ["persistence", "no replay buffer"]
     assert list(rows[0]) == list(study.read_csv(script.with_suffix(".csv"))[0])
     assert float(rows[0]["patterns, u and v, 50"]) > 0.1
-    assert "| no pool |" in output
+    assert "| no replay buffer |" in output
 
 
 def test_the_page_has_the_table_of_the_file():
     rows = study.read_csv(ROOT / "benchmarks" / "gray_scott_ablation.csv")
     table = ablation.markdown(rows).splitlines()
     assert len(table) > 10
-    page = (ROOT / "docs" / "your_own_problem.md").read_text()
+    page = (ROOT / "benchmarks" / "gray_scott_ablation.md").read_text()
     assert all(line in page for line in table)

@@ -124,4 +124,4 @@ def test_the_documentation_has_the_table_of_the_measured_rows(capsys):
     which_cut.print_table(study.read_csv(ROOT / "benchmarks" / "which_cut.csv"))
     table = capsys.readouterr().out.strip()
     assert table.count("Cuts()") == 3
-    assert table in (ROOT / "docs" / "cuts.md").read_text()
+    assert table in (ROOT / "benchmarks" / "which_cut.md").read_text()
