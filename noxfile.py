@@ -136,10 +136,11 @@ def types(session):
 
 @nox.session(python=NEWEST)
 def docs(session):
-    """The site, strictly: every page, link and anchor."""
-    session.install(*requirements("docs"))
+    """The site, strictly: every page, link and anchor, the notebook, what search finds."""
+    session.install("pytest", *requirements("docs"), ".")
     env = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env=env)
+    session.run("python", "-m", "pytest", "tests/site.py")
 
 
 @nox.session(python=NEWEST)

@@ -25,7 +25,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 
 
 __all__ = ["Cuts", "Rollout", "mse", "residuum_loss"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 #

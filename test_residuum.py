@@ -1,7 +1,7 @@
 """What `residuum_loss` claims: the value and the derivatives of the textbook Python loop.
 
-One oracle judges everything, the loop below, in float64, to 1e-9. More is in tests/, one
-topic a file, judged by the same oracle.
+The oracle of all tests is the loop below, in float64, to 1e-9. More tests are in tests/, one
+topic per file, with the same oracle.
 """
 
 import functools
@@ -225,7 +225,7 @@ def test_traced_masks_equal_the_textbook_loop(bptt):
 
 
 def test_nothing_is_cut_by_default():
-    assert Cuts() == (False, False, False)  # or the oracle would cut, too
+    assert Cuts() == (False, False, False)  # or the oracle would cut as well
 
 
 HIGHER_ORDER = [
@@ -708,7 +708,7 @@ def test_the_valid_call_is_valid():
 )
 def test_bad_input_is_named(changes, error, pattern):
     if RUNTIME_TYPECHECKING:
-        # The annotations may object first; they name the argument, too.
+        # The annotations may object first; they also name the argument.
         error, pattern = (error, jaxtyping.TypeCheckError), next(iter(changes))
     with pytest.raises(error, match=f"(?s){pattern}"):
         jax.eval_shape(lambda: valid_call(**changes))  # no computation, only tracing

@@ -417,7 +417,7 @@ def count_collectives(text):
         for result, operation, start in COLLECTIVE.findall(block):
             counts[f"{place}_collectives"] += 1
             sizes = [size_of(*x) for x in re.findall(r"(\w+)\[([\d,]*)\]", result)]
-            # What starts these returns what goes in, too.
+            # What starts these also returns what goes in.
             both = start and operation in ("all-gather", "collective-permute")
             counts[f"{place}_bytes"] += max(sizes) if both else sum(sizes)
     return counts

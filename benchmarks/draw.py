@@ -20,7 +20,7 @@ COLUMNS = {  # of the figure, and their units
     "temp_bytes": ("temporary memory", "B"),
     "step_s": ("run time per step", "s"),
 }
-PEERS = ("trainax", "scan", "equinox", "torch", "torch.compile", "limit")
+BASELINES = ("trainax", "scan", "equinox", "torch", "torch.compile", "limit")
 # Okabe and Ito, colour-blind safe; ours is the thick line.
 STYLES = {
     "trainax": dict(color="#D55E00"),
@@ -56,15 +56,15 @@ def select_lines(rows, network, cut):
     lines = collections.defaultdict(list)
     for row in rows:
         if (row["network"], row["cut"], row["derivative"]) == (network, cut, "gradient"):
-            lines[row["peer"]].append(row)
+            lines[row["baseline"]].append(row)
     shown = {}
-    for peer in STYLES:
-        if peer in lines:
-            shown[peer] = lines.get(f"{peer}, canonical", lines[peer])
+    for baseline in STYLES:
+        if baseline in lines:
+            shown[baseline] = lines.get(f"{baseline}, canonical", lines[baseline])
     if "residuum, canonical" in lines:
         shown["plain loop"] = lines["residuum"]
     if "torch" in shown and "torch.compile" in shown:  # the faster one
-        last = lambda peer: shown[peer][-1]["run_s"]
+        last = lambda baseline: shown[baseline][-1]["run_s"]
         del shown["torch" if last("torch.compile") < last("torch") else "torch.compile"]
     return shown
 
@@ -114,22 +114,22 @@ def draw(rows, networks, cut, path):
 def draw_panel(axis, lines, column):
     _, unit = COLUMNS[column]
     values = []
-    for peer, rows in lines.items():
+    for baseline, rows in lines.items():
         points = [(row["num_rollout_steps"], row[column]) for row in rows if row[column]]
         if not points:
             continue
         x, y = zip(*points, strict=True)
         values.extend(y)
-        style = dict(linewidth=1.3, marker="o", markersize=3) | STYLES[peer]
-        axis.loglog(x, y, **style, zorder=3 if peer == "residuum" else 2)
+        style = dict(linewidth=1.3, marker="o", markersize=3) | STYLES[baseline]
+        axis.loglog(x, y, **style, zorder=3 if baseline == "residuum" else 2)
         axis.annotate(
-            peer,
+            baseline,
             (x[-1], y[-1]),
             xytext=(6, 0),
             textcoords="offset points",
             color=style["color"],
             fontsize=LABEL_SIZE,
-            fontweight="bold" if peer == "residuum" else None,
+            fontweight="bold" if baseline == "residuum" else None,
             va="center",
             path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
             zorder=4,
@@ -202,8 +202,12 @@ def print_table(rows, header, name):
     """
     groups = collections.defaultdict(dict)
     for row in rows:
-        groups[name(row)][row["peer"]] = row
-    peers = [peer for peer in PEERS if any(peer in group for group in groups.values())]
+        groups[name(row)][row["baseline"]] = row
+    baselines = [
+        baseline
+        for baseline in BASELINES
+        if any(baseline in group for group in groups.values())
+    ]
     lines = []
     for title, group in groups.items():
         ours = {x: row for x, row in group.items() if x.startswith("residuum")}
@@ -211,18 +215,18 @@ def print_table(rows, header, name):
             column: min((row[column] for row in ours.values() if row[column]), default=0)
             for column in CELL
         }
-        for peer, row in ours.items():
-            options = peer.removeprefix("residuum").removeprefix(", ")
+        for baseline, row in ours.items():
+            options = baseline.removeprefix("residuum").removeprefix(", ")
             # The baselines have no options but the canonical convolutions.
             suffix = {"": "", "canonical": ", canonical"}.get(options)
             options = options.replace("=", " = ").replace("canonical", "canonical convolutions")
             cells = [write_cell(row)]
-            for x in peers:
+            for x in baselines:
                 found = suffix is not None and group.get(x + suffix)
                 cells.append(write_cell(found, best) if found else "")
             lines.append([title, options, *cells])
             title = ""
-    columns = [header, "options", "residuum", *peers]
+    columns = [header, "options", "residuum", *baselines]
     print(study.markdown(columns, lines, num_names=2) + "\n")
 
 

@@ -5,7 +5,7 @@ run time of the value and gradient of the same loss, on the same networks and da
 of a case run in one process and take turns, so that the noise of the machine hits all alike;
 run times are medians. Before they are timed, all programs have to return the same loss.
 
-residuum and the baselines, as the column `peer` of the CSV file names them:
+residuum and the baselines, as the column `baseline` of the CSV file names them:
 
 - `residuum`, with its defaults, and with the options that its user would choose:
   `checkpoint=True` or, for 50 steps and more, `checkpoint=k` with k near the root of their
@@ -207,7 +207,7 @@ def make_problems(names):
 #
 
 
-def residuum_peer(**options):
+def residuum_loss_with(**options):
     def loss(stepper, data, num_steps, k):
         return residuum_loss(
             stepper,
@@ -228,7 +228,7 @@ def trainax_loss(stepper, data, num_steps, k):
     return configuration(stepper, data, residuum_fn=heat_residuum)
 
 
-def scan_peer(scan):
+def scan_baseline(scan):
     def loss(stepper, data, num_steps, k):
         def step(u_prev, cut):
             u_next = jax.vmap(stepper)(u_prev)
@@ -248,30 +248,30 @@ def equinox_scan(step, init, xs):
     return eqxi.scan(step, init, xs, kind="checkpointed")
 
 
-def select_peers(network_name, cut_name, num_steps, derivative):
+def select_baselines(network_name, cut_name, num_steps, derivative):
     """The loss of residuum and of each baseline, and the transformation of its derivative."""
-    peers = {"residuum": residuum_peer()}
+    baselines = {"residuum": residuum_loss_with()}
     if num_steps > 1:
         if cut_name == "no cut":
-            peers["residuum, checkpoint"] = residuum_peer(checkpoint=True)
+            baselines["residuum, checkpoint"] = residuum_loss_with(checkpoint=True)
             if num_steps in CHECKPOINT_EVERY:
                 k = CHECKPOINT_EVERY[num_steps]
-                peers[f"residuum, checkpoint={k}"] = residuum_peer(checkpoint=k)
+                baselines[f"residuum, checkpoint={k}"] = residuum_loss_with(checkpoint=k)
         if cut_name == "bptt=5" and num_steps > 5:
-            peers["residuum, unroll=5"] = residuum_peer(unroll=5)
+            baselines["residuum, unroll=5"] = residuum_loss_with(unroll=5)
         if network_name in CONVOLUTIONAL and num_steps <= MAX_PYTHON_LOOP[network_name]:
-            peers["residuum, unroll=True"] = residuum_peer(unroll=True)
+            baselines["residuum, unroll=True"] = residuum_loss_with(unroll=True)
     if num_steps <= MAX_PYTHON_LOOP[network_name]:
-        peers["trainax"] = trainax_loss
-    peers["scan"] = scan_peer(jax.lax.scan)
+        baselines["trainax"] = trainax_loss
+    baselines["scan"] = scan_baseline(jax.lax.scan)
     if derivative != "forward":
-        peers["equinox"] = scan_peer(equinox_scan)
+        baselines["equinox"] = scan_baseline(equinox_scan)
 
-    selected = {peer: (loss, lambda fun: fun) for peer, loss in peers.items()}
+    selected = {baseline: (loss, lambda fun: fun) for baseline, loss in baselines.items()}
     if network_name in CONVOLUTIONAL and num_steps > 1:
-        for peer, loss in peers.items():
-            if peer != "residuum, unroll=True":
-                selected[f"{peer}, canonical"] = (loss, canonical_convolutions)
+        for baseline, loss in baselines.items():
+            if baseline != "residuum, unroll=True":
+                selected[f"{baseline}, canonical"] = (loss, canonical_convolutions)
     return selected
 
 
@@ -283,7 +283,7 @@ DERIVATIVES = {
 }
 
 
-def compile_peer(
+def compile_baseline(
     loss, network, data, num_steps, k, derivative="gradient", transform=lambda fun: fun
 ):
     """Returns a program of no arguments, and its trace time, compile time and memory."""
@@ -417,44 +417,48 @@ def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds
     """
     k = CUTS[cut_name]
     programs, rows = {}, {}
-    for peer, (loss, transform) in select_peers(name, cut_name, num_steps, derivative).items():
-        program, rows[peer] = compile_peer(
+    for baseline, (loss, transform) in select_baselines(
+        name, cut_name, num_steps, derivative
+    ).items():
+        program, rows[baseline] = compile_baseline(
             loss, network, data, num_steps, k, derivative, transform
         )
-        similar = re.sub(r"=\d+", "", peer)  # of another k
+        similar = re.sub(r"=\d+", "", baseline)  # of another k
         is_fast = step_s.get(similar, 0) * num_steps <= MAX_RUN_S
-        if is_fast and rows[peer]["temp_bytes"] <= MAX_TEMPORARIES:
-            programs[peer] = program
-    for peer, program in torch_programs(name, network, data, num_steps, k, derivative).items():
-        programs[peer], rows[peer] = program, {}
+        if is_fast and rows[baseline]["temp_bytes"] <= MAX_TEMPORARIES:
+            programs[baseline] = program
+    for baseline, program in torch_programs(
+        name, network, data, num_steps, k, derivative
+    ).items():
+        programs[baseline], rows[baseline] = program, {}
     if "torch.compile" in programs:
         calls = [time_call(programs["torch.compile"]) for _ in range(3)]
         rows["torch.compile"]["compile_s"] = calls[0] - calls[-1]
 
-    values = {peer: flatten(program()) for peer, program in programs.items()}
+    values = {baseline: flatten(program()) for baseline, program in programs.items()}
     # An untrained network diverges in a longer rollout, and then there is nothing to compare.
-    for peer, value in values.items() if num_steps <= 50 else ():
+    for baseline, value in values.items() if num_steps <= 50 else ():
         expected = next(iter(values.values()))
         error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
         if not error < 1e-3:
-            raise AssertionError(f"{peer} has a relative error of {error} in {derivative}")
+            raise AssertionError(f"{baseline} has a relative error of {error} in {derivative}")
 
     limit_steps = min(num_steps, 10)
     if derivative == "gradient":
         programs["limit"], rows["limit"] = lambda: [limit() for _ in range(limit_steps)], {}
-    times = {peer: [] for peer in programs}
+    times = {baseline: [] for baseline in programs}
     deadline = time.perf_counter() + seconds
     while unfinished := [p for p in programs if not is_measured(times[p], deadline)]:
         # In random order: who runs after a program of as much memory finds it mapped already.
-        for peer in random.sample(unfinished, len(unfinished)):
-            times[peer].append(time_call(programs[peer]))
-    for peer, samples in times.items():
-        rows[peer]["run_s"] = statistics.median(samples)
-        step_s[re.sub(r"=\d+", "", peer)] = rows[peer]["run_s"] / num_steps
+        for baseline in random.sample(unfinished, len(unfinished)):
+            times[baseline].append(time_call(programs[baseline]))
+    for baseline, samples in times.items():
+        rows[baseline]["run_s"] = statistics.median(samples)
+        step_s[re.sub(r"=\d+", "", baseline)] = rows[baseline]["run_s"] / num_steps
     if "limit" in rows:
         rows["limit"]["run_s"] *= num_steps / limit_steps
     case = dict(network=name, cut=cut_name, num_rollout_steps=num_steps, derivative=derivative)
-    return [case | dict(peer=peer, **row) for peer, row in rows.items()]
+    return [case | dict(baseline=baseline, **row) for baseline, row in rows.items()]
 
 
 def time_call(program):
@@ -470,7 +474,7 @@ def is_measured(samples, deadline):
     return len(samples) >= num_rounds and (time_is_up or len(samples) >= 50)
 
 
-FIELDS = ["network", "cut", "num_rollout_steps", "derivative", "peer"]
+FIELDS = ["network", "cut", "num_rollout_steps", "derivative", "baseline"]
 FIELDS += ["trace_s", "compile_s", "temp_bytes", "run_s", "machine"]
 
 
@@ -517,7 +521,7 @@ def main():
     all_rows = []
     with tqdm(total=sum(map(len, cases.values()))) as progress:
         for name, network, data in make_problems(args.networks):
-            limit, _ = compile_peer(residuum_peer(), network, data, 1, False)
+            limit, _ = compile_baseline(residuum_loss_with(), network, data, 1, False)
             step_s = collections.defaultdict(dict)
             for case in cases[name]:
                 cut, num_steps, derivative = case

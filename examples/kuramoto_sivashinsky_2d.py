@@ -110,7 +110,7 @@ def train_emulator(stepper, *, num_updates, key, **options):
         stepper = eqx.apply_updates(stepper, updates)
         states = without_mean(aux.final_state)
         size = jnp.std(states, axis=(1, 2, 3))
-        lost = ~((size > 0.5) & (size < 10))  # NaN, too
+        lost = ~((size > 0.5) & (size < 10))  # or NaN
         choice_key, fresh_key = jax.random.split(key)
         fresh = random_states(fresh_key, BATCH_SIZE)
         states = replay(states, fresh, lost=lost, share=0.05, key=choice_key)

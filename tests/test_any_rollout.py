@@ -33,7 +33,7 @@ def test_unroll_that_does_not_divide_equals_the_textbook_loop(bptt):
 @pytest.mark.parametrize("bptt", also_slow(False, slowly=[True, 3, 6]))
 def test_every_kth_state_stored_equals_the_textbook_loop(bptt, every):
     """Whether `every` divides the 7 steps, or a segment, or is longer; in a loop, in straight
-    code, with blocks in a loop of straight code, with several blocks an iteration."""
+    code, with blocks in a loop of unrolled code, with several blocks an iteration."""
     f = functools.partial(value_and_grad, num_rollout_steps=7, cuts=Cuts(bptt, next=MASK))
     extra = [dict(checkpoint=every, unroll=unroll) for unroll in (1, True, every, 2 * every)]
     assert_as_textbook(f, problem(7), extra=extra)
@@ -83,9 +83,9 @@ def test_any_rollout_equals_the_textbook_loop(rollout, checkpoint, unroll):
 
         return loss_fn(stepper, data, residuum_fn, **options, **more)
 
-    def judge(loss_fn, **more):
+    def evaluate(loss_fn, **more):
         f = functools.partial(loss, loss_fn, **more)
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(jnp.float64(1.3), data)
 
-    actual = judge(residuum_loss, checkpoint=checkpoint, unroll=unroll)
-    assert_close(actual, judge(textbook_loss))
+    actual = evaluate(residuum_loss, checkpoint=checkpoint, unroll=unroll)
+    assert_close(actual, evaluate(textbook_loss))

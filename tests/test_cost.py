@@ -65,7 +65,7 @@ def test_every_kth_state_computes_three_times_what_would_be_stored():
     count = lambda **options: program(8, checkpoint=2, **options).count("tanh")
     # The step; the step in the block that is computed again; the step computed again there.
     assert count() == 3 * program(8).count("tanh")
-    assert program(4, checkpoint=2).count("tanh") == count()  # of two blocks only, too
+    assert program(4, checkpoint=2).count("tanh") == count()  # also of two blocks only
     assert count(cuts=Cuts(1)) == program(8, cuts=Cuts(1)).count("tanh")
     # A last block by itself is computed as any rollout with `checkpoint=True`.
     assert program(9, checkpoint=2).count("tanh") == 5 * program(8).count("tanh")
@@ -92,13 +92,13 @@ def test_a_rollout_of_one_step_is_rematerialised_too():
 
 
 PROTECTED = [
-    # checkpoint, unroll, whether anything is rematerialised in straight code
+    # checkpoint, unroll, whether anything is rematerialised in unrolled code
     (True, 1, False),
     (True, True, True),
     (3, 1, False),
-    (3, 3, True),  # the blocks are a loop, the steps of one are straight code
+    (3, 3, True),  # the blocks are a loop, the steps of one are unrolled code
     (3, True, True),
-    (4, 1, True),  # a block of four, one of two: two loops in straight code
+    (4, 1, True),  # a block of four, one of two: two loops in unrolled code
 ]
 
 
@@ -339,7 +339,7 @@ def test_nothing_of_the_gradient_is_computed_for_the_value():
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True, "unroll": True}], ids=str)
 def test_a_cut_beyond_the_last_step_changes_nothing(options):
-    """Nor does it let XLA undo rematerialisation in straight code."""
+    """Nor does it let XLA undo rematerialisation in unrolled code."""
 
     def text(bptt):
         params, data, stepper = network_problem("mlp")

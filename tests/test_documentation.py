@@ -541,7 +541,7 @@ def test_message_is_as_in_the_faq(message):
 
 def test_faq_has_these_messages():
     text = (ROOT / "docs" / "faq.md").read_text()
-    messages = text.split("## Messages\n")[1].split("\n## Questions\n")[0]
+    messages = text.split("## Messages\n")[1].split("\n## Training\n")[0]
     assert re.findall(r"^### (.*)$", messages, re.MULTILINE) == list(MESSAGES)
 
 

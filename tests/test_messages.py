@@ -109,7 +109,7 @@ def test_leaves_that_disagree_are_all_shown_and_none_is_blamed():
 )
 def test_a_series_in_data_is_referred_to_inputs(num_snapshots, num_rollout_steps, is_series):
     one, other = num_snapshots
-    data = {"u": np.ones((4, one, 3)), "v": np.ones((3, other, 3))}  # batches disagree, too
+    data = {"u": np.ones((4, one, 3)), "v": np.ones((3, other, 3))}  # batches disagree as well
     text = message(lambda u: u, data, num_rollout_steps=num_rollout_steps)
     assert ("Only snapshot 0 is read" in text) == is_series
 

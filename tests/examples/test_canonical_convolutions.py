@@ -379,7 +379,7 @@ def test_an_update_in_equinox():
 
 
 def test_what_is_not_traced_goes_through():
-    """Numpy arrays, of the dtype of no gradient (float0), too; and scalars of Python."""
+    """Numpy arrays, of the dtype of no gradient (float0); scalars of Python."""
     loss = lambda i, kernel: jnp.sum(convolve(i * normal(1, 3, 6), kernel))
     f = jax.grad(loss, (0, 1), allow_int=True)
     kernel, constant = normal(3, 3, 3), np.arange(3)
@@ -401,7 +401,7 @@ def test_static_and_donated_arguments_and_closures():
 
         return jax.jit(transform(f), static_argnames="mode", donate_argnums=0)
 
-    # `shift` and the key are traced, too.
+    # `shift` and the key are traced as well.
     of = lambda transform: jax.jit(
         lambda shift, seed, *x: make(transform, shift, jax.random.key(seed))(*x, mode="on")
     )(1, 7, normal(3, 3, 3), normal(2, 3, 6))

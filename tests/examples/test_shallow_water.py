@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shallow_water
+import shallow_water_study as study
 
 from test_residuum import slow
+from tests.common import ROOT
 
 
 def moving_state(seed=0):
@@ -145,6 +147,67 @@ def test_winds_have_their_size_and_memory():
     assert jnp.std(amplitudes) == pytest.approx(basin.WIND_SIZE, rel=0.2)
     memory = jnp.mean(amplitudes[:, 10:] * amplitudes[:, :-10]) / jnp.mean(amplitudes**2)
     assert memory == pytest.approx(np.exp(-1), abs=0.15)
+
+
+#
+# The study
+#
+
+STUDY = ROOT / "benchmarks" / "shallow_water.csv"
+
+
+def test_channel_and_square_of_the_study():
+    channel = study.rectangle(0.5, width=8)
+    assert channel.mask.shape == (1, 32, 32) and jnp.sum(channel.mask) == 8 * 32
+    x = jnp.arange(32.0)[None, :, None] / 500  # τ / (g h) is 0.0025
+    tilted = lambda state, _: state._replace(fields=state.fields.at[:, 2].set(x))
+    assert study.set_up(tilted) == pytest.approx(0.8, rel=1e-6)
+
+
+def test_winds_that_training_has_not_seen():
+    first, key = jnp.zeros((4, 6)), jax.random.key(0)
+    turning = study.amplitudes("turning", first, 80, key).reshape(4, 80, 2, 3)
+    assert jnp.all(turning[..., 1:] == 0)  # uniform
+    speed = jnp.linalg.norm(turning[..., 0], axis=-1)
+    assert jnp.allclose(speed, 3 * basin.WIND_SIZE)
+    assert jnp.allclose(turning[:, 40:], turning[:, :40], atol=1e-9)
+    stopping = study.amplitudes("stopping", first, 80, key)
+    assert jnp.all(stopping[:, 50:] == 0)
+    assert jnp.all(jnp.max(jnp.abs(stopping[:, :50]), axis=-1) > basin.WIND_SIZE)
+
+
+def test_mass_error_is_relative_to_the_typical_elevation():
+    states = study.rectangle(0.5)
+    fields = jnp.zeros((1, 3, 3, 32, 32)).at[0, 2, 2].set(0.0052)
+    assert study.mass_error(fields, states) == pytest.approx(0.1)
+
+
+def test_the_study_reaches_its_goals():
+    rows = study.study.read_csv(STUDY)
+    medians = lambda name: study.published.medians(rows, name)
+    ours = [row for row in rows if row["model"] == study.OURS]
+    assert [row["seed"] for row in ours] == ["0", "1", "2"]
+    assert medians("exact_50")[study.OURS][0] <= 0.005
+    assert medians("exact_200")[study.OURS][0] <= 0.02
+    assert medians("refined_50")[study.OURS][0] <= 0.03
+    assert medians("refined_50")["exact step, Crank–Nicolson"][0] > 0.15
+    assert all(float(row["mass"]) < 1e-6 and row["finite"] == "32" for row in ours)
+    assert all(abs(float(row["set_up"]) - 1) < 0.005 for row in ours)
+    assert all(float(row["gyre"]) < 1e-3 and float(row["gyre_centre"]) < 0.45 for row in ours)
+    assert all(float(row["seconds"]) <= 300 for row in ours)
+
+
+@pytest.mark.parametrize("which", [*study.TABLES, "_ablation"])
+def test_the_documentation_has_the_tables_of_the_study(which):
+    path, tables = STUDY, study.TABLES
+    if which == "_ablation":
+        path, tables = (
+            STUDY.with_stem("shallow_water_ablation"),
+            {which: study.ABLATION_TABLES[""]},
+        )
+    table = study.published.markdown(study.study.read_csv(path), tables[which])
+    ending = "" if which == "_ablation" else which
+    assert table in path.with_stem(path.stem + ending).with_suffix(".md").read_text()
 
 
 @slow

@@ -137,6 +137,26 @@ def test_published_superiority(tmp_path):
 
 
 @slow
+def test_shallow_water_study(tmp_path):
+    import shallow_water_study
+
+    csv = tmp_path / "scores.csv"
+    lines = run_study("shallow_water_study", tmp_path, "--seed", "0", "1", "--csv", str(csv))
+    rows = read_csv(csv)
+    ours, models = 2 * [shallow_water_study.OURS], list(shallow_water_study.OTHERS)[1:]
+    assert [row["model"] for row in rows] == [*models, *ours]
+    errors = {row["model"]: float(row["refined_10"]) for row in rows}
+    runge_kutta, persistence = errors["Runge–Kutta, dt / 16"], errors["persistence"]
+    assert 100 * runge_kutta < errors[shallow_water_study.EXACT] < persistence / 20
+    assert f"Animation: {tmp_path / 'figure.gif'}" in lines
+    assert (tmp_path / "figure.gif").read_bytes().startswith(b"GIF8")
+    assert (tmp_path / "scores_checks.md").exists()
+
+    run_study("shallow_water_study", tmp_path, "--ablation", "--csv", str(csv), figure=False)
+    assert [row["model"] for row in read_csv(csv)][1:] == list(shallow_water_study.ABLATION)[:2]
+
+
+@slow
 def test_conditioning(tmp_path):
     csv = tmp_path / "conditioning.csv"
     lines = run_study("conditioning", tmp_path, "--seed", "0", "1", "--csv", str(csv))

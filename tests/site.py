@@ -1,0 +1,97 @@
+"""The site as `nox -s docs` has built it in site/: search, formulas, tables, figures, cards."""
+
+import html.parser
+import json
+import pathlib
+
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+SITE = ROOT / "site"
+PAGES = [page for page in sorted(SITE.rglob("index.html")) if "assets" not in page.parts]
+
+# What practitioners search for.
+WORDS = """residual, PINN, unsupervised, TBPTT, truncated backpropagation, replay buffer,
+Dirichlet, Neumann, ghost cell, forcing, inputs, batch norm, offload, temporal bundling,
+burn-in, overlapping, baseline, conservation, superiority, physics-informed, surrogate,
+persistence, gradient clipping, boundary condition, warm-up, ablation""".replace(
+    "\n", " "
+).split(", ")
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page, `[(tag, {attribute: value})]`."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def searched():
+    index = json.loads((SITE / "search" / "search_index.json").read_text())
+    return " ".join(f"{entry['title']} {entry['text']}" for entry in index["docs"]).lower()
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_search_finds(word, searched):
+    assert word.lower() in searched
+
+
+def test_all_pages_are_built():
+    assert len(PAGES) == len(list((ROOT / "docs").glob("*.md"))) + 2  # README, the notebook
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_a_page_has_a_description_and_a_card(page):
+    elements = Elements(page)
+    named = {attrs.get("name") or attrs.get("property"): attrs for attrs in elements.of("meta")}
+    for name in ("description", "og:title", "og:description", "og:image"):
+        assert named[name]["content"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_figures_say_what_they_show(page):
+    if page.parent.name == "tutorial":  # whose figures have their titles in them
+        return
+    for attrs in Elements(page).of("img"):
+        assert len(attrs.get("alt", "")) > 20 or attrs["src"].endswith("logo.svg"), attrs
+
+
+@pytest.mark.parametrize(
+    "name, formulas", [("first_steps", 2), ("your_own_problem", 3), ("diverted_chain", 8)]
+)
+def test_formulas_are_typeset(name, formulas):
+    text = (SITE / name / "index.html").read_text()
+    assert text.count("<math") >= formulas and "arithmatex" not in text
+
+
+@pytest.mark.parametrize(
+    "name, tables", [("published_emulator", 5), ("cost", 3), ("cuts", 1), ("scaling_out", 4)]
+)
+def test_tables_of_benchmarks_are_shown(name, tables):
+    assert len(Elements(SITE / name / "index.html").of("table")) >= tables
+
+
+def test_the_notebook_was_run():
+    page = SITE / "tutorial" / "index.html"
+    figures = [x for x in Elements(page).of("img") if x["src"].startswith("data:image/png")]
+    assert len(figures) == 6
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    for page in PAGES:
+        elements = Elements(page)
+        links = [attrs.get("href", "") for attrs in elements.of("link")]
+        sources = [
+            attrs.get("src", "") for tag in ("script", "img") for attrs in elements.of(tag)
+        ]
+        assert not [x for x in links + sources if x.startswith(("http", "//"))], page
