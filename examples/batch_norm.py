@@ -7,6 +7,8 @@ statistics are a leaf of the state, with one copy for each sample; all copies re
     python examples/batch_norm.py     running statistics after one gradient, of both libraries
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from flax import nnx
 from residuum import residuum_loss
 
 
-OPTIONS = dict(num_rollout_steps=3, axis_name="batch", has_aux=True)
+loss_and_rollout = partial(residuum_loss, num_rollout_steps=3, axis_name="batch", has_aux=True)
 
 
 def heat_residuum(u_next, u_prev):
@@ -58,7 +60,7 @@ def with_equinox(data):
     def grad(network, statistics):
         states = data, copies(statistics, data)
         residuum_fn = lambda next, prev: heat_residuum(next[0], prev[0])
-        return residuum_loss(network, states, residuum_fn, **OPTIONS)
+        return loss_and_rollout(network, states, residuum_fn)
 
     network, statistics = eqx.nn.make_with_state(EquinoxEmulator)(jax.random.key(1))
     grads, rollout = grad(network, statistics)
@@ -85,9 +87,8 @@ class FlaxEmulator(nnx.Module):
 
 def with_flax(data):
     """The network, its gradient, and the running statistics after the rollout."""
-    graphdef, params, statistics = nnx.split(
-        FlaxEmulator(nnx.Rngs(0)), nnx.Param, nnx.BatchStat
-    )
+    graphdef, *states = nnx.split(FlaxEmulator(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+    params, statistics = states
 
     @jax.jit
     def loss(params, statistics):
@@ -98,7 +99,7 @@ def with_flax(data):
 
         states = {"u": data, "statistics": copies(statistics, data)}
         residuum_fn = lambda next, prev: heat_residuum(next["u"], prev["u"])
-        return residuum_loss(stepper, states, residuum_fn, **OPTIONS)
+        return loss_and_rollout(stepper, states, residuum_fn)
 
     grads, rollout = jax.grad(loss, has_aux=True)(params, statistics)
     statistics = jax.tree.map(lambda x: x[0], rollout.final_state["statistics"])

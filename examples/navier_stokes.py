@@ -114,8 +114,10 @@ def main():
 
     def loss(kernels):
         stepper = partial(emulate, kernels)
-        options = dict(num_rollout_steps=2, cuts=Cuts(bptt=True))
-        return residuum_loss(stepper, flows, navier_stokes_residuum, **options)
+        cuts = Cuts(bptt=True)
+        return residuum_loss(
+            stepper, flows, navier_stokes_residuum, num_rollout_steps=2, cuts=cuts
+        )
 
     @jax.jit
     def update(kernels, opt_state):
