@@ -18,7 +18,8 @@ def sample(buffer, batch_size, key):
 
 def diverged(states, bound):
     """Whether a state of `[batch, ...]` exceeds the bound or is NaN anywhere, `bool[batch]`."""
-    return ~jnp.all(jnp.abs(states) < bound, axis=tuple(range(1, states.ndim)))
+    is_fine = lambda x: jnp.all(jnp.abs(x) < bound, axis=tuple(range(1, x.ndim)))
+    return ~jnp.all(jnp.stack([is_fine(x) for x in jax.tree.leaves(states)]), axis=0)
 
 
 def replay(final_state, fresh, *, lost, share, key):

@@ -38,3 +38,5 @@ def test_states_are_put_back_where_they_were_taken():
 def test_states_have_diverged_if_an_entry_is_too_large_or_not_a_number():
     u = jnp.zeros((4, 2, 3)).at[1, 0, 2].set(-2.0).at[2, 1, 1].set(jnp.nan)
     assert replay_buffer.diverged(u, 1.5).tolist() == [False, True, True, False]
+    fields = {"u": u, "v": jnp.array([0.0, 0.0, 0.0, 2.0])}
+    assert replay_buffer.diverged(fields, 1.5).tolist() == [False, True, True, True]
