@@ -134,7 +134,12 @@ def your_own_problem_beats_persistence_at_every_step(
 def boundary_conditions_need_the_padding_of_the_equation(
     *, exact_step, implicit_euler, dirichlet, neumann, unseen, **names
 ):
-    for name, bound in (("dirichlet", 0.01), ("neumann", 0.02), ("robin", 0.02)):
+    for name, bound in (
+        ("periodic", 0.01),
+        ("dirichlet", 0.01),
+        ("neumann", 0.02),
+        ("robin", 0.02),
+    ):
         right, zeros = names[f"{name}_errors"]
         assert right < bound and zeros > 10 * right
     for name, bound in (("wave", 0.04), ("heated", 0.05), ("flow", 1e-3)):
