@@ -170,9 +170,9 @@ def residuum_loss(
         `k` stores every `k`-th state, plus the `k` states of the block being differentiated:
         `T / k + k` in all, fewest for `k` near `√T`, at the cost of about two. With a static
         `bptt`, this holds within a segment; for `bptt=1`, nothing is left to save.
-    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop. One step
-        has no loop. Compile time grows with it. On a CPU, convolutions are slower in a loop
-        (jax-ml/jax#12868): unroll, or apply `examples/canonical_convolutions.py`.
+    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop. One
+        step has no loop. Compile time grows with it. On a CPU, convolutions are slower in a
+        loop (jax-ml/jax#12868): unroll, or apply `examples/canonical_convolutions.py`.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
