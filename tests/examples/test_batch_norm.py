@@ -8,7 +8,7 @@ import pytest
 from tests.common import config, ROOT, run_program
 
 
-batch_norm = pytest.importorskip("batch_norm", reason="needs flax")
+batch_norm = pytest.importorskip("batch_norm", reason="needs flax", exc_type=ImportError)
 
 
 def running_statistics(u, w_in, b_in, w_out, b_out):
