@@ -43,7 +43,7 @@ from residuum import Cuts
 class Recipe(NamedTuple):
     """The ablation changes one item at a time."""
 
-    emulator: Callable = Emulator
+    make_emulator: Callable = Emulator
     residuum_fn: Callable = scaled_residual
     num_rollout_steps: int = 1
     cuts: Cuts = Cuts()

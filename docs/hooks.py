@@ -8,6 +8,7 @@ become MathML, which browsers show without a script.
 """
 
 import html
+import json
 import pathlib
 import re
 import tomllib
@@ -37,6 +38,13 @@ def on_files(files, config):
     front_page = f"---\ndescription: {config.site_description}\n---\n\n{front_page}"
     files.append(File.generated(config, "index.md", content=front_page))
     return files
+
+
+def on_pre_page(page, config, files):
+    if page.file.src_uri.endswith(".ipynb"):
+        notebook = json.loads(pathlib.Path(page.file.abs_src_path).read_text())
+        page.meta["description"] = notebook["metadata"]["description"]
+    return page
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -72,7 +80,9 @@ def on_post_build(config):
     """Writes llms.txt, a summary of the pages, from their descriptions."""
     lines = ["# residuum", "", f"> {config.site_description}", ""]
     pages = [item for item in config.nav_pages if item.meta.get("description")]
-    lines += [f"- [{page.title}]({page.url}): {page.meta['description']}" for page in pages]
+    lines += [
+        f"- [{page.title}]({page.url or '.'}): {page.meta['description']}" for page in pages
+    ]
     (pathlib.Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n")
 
 

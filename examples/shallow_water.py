@@ -149,10 +149,10 @@ def make_training(stepper, key, num_updates, *, residuum_fn=scaled_residual,
     return (arrays, optimizer.init(arrays), basin.random_samples(key, BUFFER_SIZE)), updates
 
 
-def train_emulator(seed, num_updates, *, emulator=Emulator, **options):
+def train_emulator(seed, num_updates, *, make_emulator=Emulator, **options):
     """A trained emulator, and the seconds that its training took."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    emulator = emulator(keys[0])
+    emulator = make_emulator(keys[0])
     carry, updates = make_training(emulator, keys[1], num_updates, **options)
     chunks = jax.random.split(keys[2], (num_updates // 20, 20))
     (arrays, *_), seconds = common.train(updates, carry, chunks, "20 updates each")

@@ -60,8 +60,6 @@ def test_a_page_has_a_description_and_a_card(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_figures_say_what_they_show(page):
-    if page.parent.name == "tutorial":  # whose figures have their titles in them
-        return
     for attrs in Elements(page).of("img"):
         assert len(attrs.get("alt", "")) > 20 or attrs["src"].endswith("logo.svg"), attrs
 

@@ -145,6 +145,8 @@ def boundary_conditions_need_the_padding_of_the_equation(
     for name, bound in (("wave", 0.04), ("heated", 0.05), ("flow", 1e-3)):
         right, wrong = names[f"{name}_errors"]
         assert right < bound and wrong > 8 * right
+    right, wrong = names["basin_errors"]
+    assert right < 0.07 and wrong > 3 * right
     soft, hard = names["at_the_wall"]
     assert hard == 0 and soft > 0.1
     # The exact steps, by series: sines vanish at the walls, cosines have no slope there.
@@ -203,7 +205,8 @@ def recipes_conserve_the_mean(*, flux_form, projection, kernel, data, **_):
 
 @claim("coarse_solver")
 def recipe_of_the_hybrid_model_improves_its_solver(*, loss, correction, **_):
-    assert loss(correction) < 0.01 * loss(jnp.zeros(9))
+    assert abs(loss(jnp.zeros(9)) - 0.4) < 0.05
+    assert loss(correction) < 1e-5
 
 
 @claim("emulate_bundle")

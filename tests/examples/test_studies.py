@@ -3,7 +3,9 @@ takes from them. What they have in common is benchmarks/study.py."""
 
 import re
 
+import chex
 import jax
+import jax.numpy as jnp
 import pytest
 import study
 from study import read_csv
@@ -188,6 +190,37 @@ def test_the_documentation_has_the_errors_of_conditioning():
         first, last = (f"{float(row[f'error_{when}']):.1g}" for when in ("first", "last"))
         assert f"{first} to {last}".replace("e-0", "e-") in page
         assert f" {row['condition_number']}" in page
+
+
+@slow
+def test_tiny_networks(tmp_path):
+    csv = tmp_path / "tiny_networks.csv"
+    options = ("--quick", "--rounds", "3", "--csv", str(csv))
+    lines = run_example(ROOT / "benchmarks" / "tiny_networks", *options, cwd=tmp_path)
+    rows = read_csv(csv)
+    for line, row in zip(lines.splitlines(), rows, strict=True):
+        ratio = float(row["residuum_s"]) / float(row["scan_s"])
+        assert line.startswith(f"3 20 {row['bptt']} {ratio:.2f} ")
+
+
+def test_the_three_ways_of_tiny_networks_have_the_same_gradient():
+    import tiny_networks
+
+    params = {"in": jnp.linspace(-1, 1, 6).reshape(2, 3), "out": jnp.ones((3, 2))}
+    data = jnp.linspace(0, 1, 3)[None, None]
+    ways = tiny_networks.with_residuum, tiny_networks.with_scan
+    one, other = (jax.grad(way)(params, data, num_steps=5, bptt=2) for way in ways)
+    chex.assert_trees_all_close(one, other, rtol=1e-9)
+
+
+def test_the_documentation_has_the_ratios_of_tiny_networks():
+    page = (ROOT / "docs" / "cost.md").read_text()
+    rows = read_csv(ROOT / "benchmarks" / "tiny_networks.csv")
+    ratio = lambda row: float(row["residuum_s"]) / float(row["scan_s"])
+    smallest = max(ratio(row) for row in rows if row["size"] == "3")
+    others = max(ratio(row) for row in rows if row["size"] != "3")
+    assert f"{smallest:.1f} times faster for a state of 3 numbers" in page
+    assert f"{others:.1f} times for 8 to 32" in page
 
 
 @slow
