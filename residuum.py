@@ -6,7 +6,7 @@ trained from initial conditions alone: roll it out, and measure at every time le
 two consecutive states are from satisfying the equation. No reference trajectory is needed, and
 no solver runs in the loop. ("Residuum" is what trainax, the reference, calls the residual.)
 
-This one file needs jax and jaxtyping. Install it (`pip install residuum-jax`), or copy it.
+This one file needs jax and jaxtyping. Install the package, or copy the file.
 """
 
 import reprlib
@@ -154,14 +154,15 @@ def residuum_loss(
     - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
     - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
         takes the memory of `k` steps, however long the rollout; so does forward over reverse,
-        not reverse over reverse. In `jax.shard_map(check_vma=True)`, make parameters varying.
+        not reverse over reverse. In `jax.shard_map(check_vma=True)`, this takes parameters that
+        vary over the mesh.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
         A weight of 0 does not remove an infinite loss, since 0 · ∞ is NaN.
     - `inputs`: PyTree of arrays `[batch, num_rollout_steps, ...]` of any dtype: what a sample
         is given at each step besides the state, such as a forcing, boundary values or a PRNG
         key. The functions are then called as `stepper(u_prev, inputs_t)` and
         `residuum_fn(u_next, u_prev, inputs_t)`, with the slice `[b, t]` for the step from `uᵗ`
-        to `uᵗ⁺¹`. One more copy of them is stored.
+        to `uᵗ⁺¹`. One more copy of `inputs` is stored.
     - `time_level_loss`: `residuum -> real scalar`.
     - `axis_name`: a name for the batch axis inside the functions, as in `jax.vmap`:
         `jax.lax.pmean(x, axis_name)` is a mean over the batch, which batch norms need.
@@ -170,15 +171,15 @@ def residuum_loss(
         `k` stores every `k`-th state, plus the `k` states of the block being differentiated:
         `T / k + k` in all, fewest for `k` near `√T`, at the cost of about two. With a static
         `bptt`, this holds within a segment; for `bptt=1`, nothing is left to save.
-    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop. One
-        step has no loop. Compile time grows with it. On a CPU, convolutions are slower in a
+    - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop.
+        Compile time grows with it. One step has no loop. On a CPU, convolutions are slower in a
         loop (jax-ml/jax#12868): unroll, or apply `examples/canonical_convolutions.py`.
     - `has_aux`: also return a `Rollout`.
 
     **Returns:**
 
     The loss, a scalar in float32 or wider, or the pair `(loss, Rollout)`. Half precision is
-    summed in float32, gradients of parameters included, which takes a copy of these.
+    summed in float32, gradients of parameters included, which takes a copy of the parameters.
 
     **Raises:**
 

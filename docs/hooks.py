@@ -40,14 +40,14 @@ def on_files(files, config):
     return files
 
 
-def on_pre_page(page, config, files):
-    if page.file.src_uri.endswith(".ipynb"):
-        notebook = json.loads(pathlib.Path(page.file.abs_src_path).read_text())
-        page.meta["description"] = notebook["metadata"]["description"]
-    return page
+def read_notebook(page):
+    return json.loads(pathlib.Path(page.file.abs_src_path).read_text())
 
 
 def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri.endswith(".ipynb"):
+        page.meta["description"] = read_notebook(page)["metadata"]["description"]
+
     def table(match):
         lines = (ROOT / match[1]).read_text().splitlines()
         return "\n".join(line for line in lines if line.startswith("|"))
@@ -70,8 +70,14 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     def mathml(match):
         formula, display = html.unescape(match[3]), "block" if match[1] == "div" else "inline"
-        return latex2mathml.converter.convert(formula, display=display)
+        converted = latex2mathml.converter.convert(formula, display=display)
+        return f'<div class="formula">{converted}</div>' if display == "block" else converted
 
+    if page.file.src_uri.endswith(".ipynb"):  # nbconvert ignores what its cells say of figures
+        for cell in read_notebook(page)["cells"]:
+            if alt := cell["metadata"].get("alt"):
+                no_alt = "No description has been provided for this image"
+                content = content.replace(no_alt, html.escape(alt), 1)
     pattern = r'<(div|span) class="arithmatex">\\(\[|\()(.*?)\\[\])]</\1>'
     return re.sub(pattern, mathml, content, flags=re.DOTALL)
 

@@ -61,7 +61,9 @@ def test_a_page_has_a_description_and_a_card(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_figures_say_what_they_show(page):
     for attrs in Elements(page).of("img"):
-        assert len(attrs.get("alt", "")) > 20 or attrs["src"].endswith("logo.svg"), attrs
+        alt = attrs.get("alt", "")
+        is_described = len(alt) > 20 and not alt.startswith("No description")
+        assert is_described or attrs["src"].endswith("logo.svg"), attrs
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,11 @@ def test_formulas_are_typeset(name, formulas):
 )
 def test_tables_of_benchmarks_are_shown(name, tables):
     assert len(Elements(SITE / name / "index.html").of("table")) >= tables
+
+
+def test_the_summary_lists_every_page():
+    lines = (SITE / "llms.txt").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("- [")]) == len(PAGES)
 
 
 def test_the_notebook_was_run():

@@ -496,7 +496,7 @@ MESSAGES = {
         lambda u: jnp.ones((32, 32)) @ u, jnp.ones((16, 32), jnp.float32)
     ),
     "stepper must return the next state only": lambda: loss(lambda u: (u, u)),
-    "stepper must return a state like its input": lambda: loss(lambda u: u[1:]),
+    "stepper must return a state": lambda: loss(lambda u: u[1:]),
     "data must be an array of shape [batch, num_snapshots, ...]": lambda: loss(
         data=jnp.ones(32)
     ),
@@ -621,6 +621,6 @@ def test_the_packages_of_the_blocks_are_those_of_the_tests():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     names = {re.split(r"\W", name)[0] for name in extras["test"] + extras["examples"]}
-    known = {"functools", "pathlib", "jax", "numpy", "canonical_convolutions", *names}
+    known = {"functools", "pathlib", "jax", "numpy", *names}
     text = "".join(block for _, program in PROGRAMS for block in program)
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) <= known
