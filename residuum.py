@@ -146,7 +146,7 @@ def residuum_loss(
 
     - `stepper`: `u_prev -> u_next`, the emulator. A state is any PyTree of arrays; `u_next`
         has the structure, shapes and dtypes of `u_prev`. A leaf that is returned as it was
-        received (a mask, a coefficient) is stored once, not once for each step.
+        received (a mask, a coefficient) is stored once, if `bptt` is static.
     - `data`: PyTree of arrays `[batch, num_snapshots, ...]`. Only snapshot 0, the initial
         condition, is read. It is promoted if `stepper` returns a wider dtype of its kind.
     - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
@@ -154,8 +154,8 @@ def residuum_loss(
     - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
     - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
         takes the memory of `k` steps, however long the rollout; so does forward over reverse,
-        not reverse over reverse. In `jax.shard_map(check_vma=True)`, this takes parameters that
-        vary over the mesh.
+        not reverse over reverse. In `jax.shard_map(check_vma=True)`, this requires parameters
+        that vary over the mesh.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
         A weight of 0 does not remove an infinite loss, since 0 · ∞ is NaN.
     - `inputs`: PyTree of arrays `[batch, num_rollout_steps, ...]` of any dtype: what a sample

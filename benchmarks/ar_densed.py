@@ -119,16 +119,17 @@ def trajectories(weights, states, num_steps):
 
 
 def run_kuramoto_sivashinsky(weights, num_draws):
-    rows = {}
+    rows = []
     for draw in tqdm(range(num_draws)):
         reference = ks.published_test(seed=draw)
         u = trajectories(weights, reference[:, 0], ks.TEST_STEPS)
-        scores = ks.evaluate(u, reference, num_parameters(weights))
-        rows[f"AR-DenseED, draw {draw}"] = scores.row
+        scores = ks.evaluate(u, reference)
+        row = ks.make_row(f"{ks.PUBLISHED}, draw {draw}", scores.numbers)
+        rows.append(row | dict(parameters=num_parameters(weights)))
         if draw == 0:
             first = scores
             error = ks.relative_error(u, reference)
-    ks.print_table(rows)
+    print(published.markdown(rows, ks.COLUMNS))
     print("\nEnergy of its modes from 2 on, relative to the solver's, draw 0:")
     print(" ".join(f"{x:.3f}" for x in first.energy))
     return ks.DT * np.arange(len(error)), first.mse, error

@@ -1,5 +1,5 @@
 """Draws assets/rollout_cost.png from the CSV file of rollout_cost.py, and prints the tables of
-docs/cost.md.
+benchmarks/rollout_cost.md.
 
     python benchmarks/draw.py
 """

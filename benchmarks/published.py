@@ -65,13 +65,13 @@ def on_replayed_states(
     return loss_fn
 
 
-def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate):
+def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate, b2=0.99):
     """Minimises `loss_fn: stepper, memory, key -> loss, memory`, where the memory is whatever
     one update leaves to the next. Returns the stepper and the seconds that this took,
     compilation included."""
     warmup = num_updates // 20
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=b2))
 
     def update(carry, key):
         stepper, opt_state, memory = carry

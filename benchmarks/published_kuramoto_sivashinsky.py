@@ -13,12 +13,15 @@ buffer, which is refilled with the final states of the emulator's own rollouts
 (`Rollout.final_state`), so even one-step rollouts visit the attractor. The solver is used only
 to evaluate the emulators. The numbers are in docs/published_emulator.md.
 
-    python benchmarks/published_kuramoto_sivashinsky.py                  one seed, 5 minutes
+    python benchmarks/published_kuramoto_sivashinsky.py                  one seed
     python benchmarks/published_kuramoto_sivashinsky.py --seed 0 1 2     median, least and most
+    python benchmarks/published_kuramoto_sivashinsky.py --ablation       one change at a time
     python benchmarks/published_kuramoto_sivashinsky.py --quick          to see that it runs
 """
 
 import pathlib
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -27,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import published
 import study
-from published import minimise, num_parameters, on_replayed_states
 
 
 # isort: split
@@ -37,7 +40,6 @@ from common import (
     COLORS,
     error_over_time as relative_error,
     LINES,
-    print_table as print_texts,
     rollout,
     save_figure,
     show,
@@ -52,7 +54,6 @@ DT = 0.1
 BUFFER_SIZE = 512
 NUM_TEST, TRANSIENT_STEPS, TEST_STEPS = 200, 1000, 1000
 REPORT_TIMES = (1, 5, 10, 20)
-CSV = pathlib.Path("benchmarks/published_kuramoto_sivashinsky.csv")
 
 
 #
@@ -61,20 +62,28 @@ CSV = pathlib.Path("benchmarks/published_kuramoto_sivashinsky.csv")
 
 WAVENUMBERS = 2 * np.pi / DOMAIN_EXTENT * np.arange(NUM_POINTS // 2 + 1)
 WAVENUMBERS[-1] = 0  # the shortest wave has no derivative on this grid
-LINEAR = WAVENUMBERS**2 - WAVENUMBERS**4  # symbol of -∂²/∂x² - ∂⁴/∂x⁴
+SPECTRAL = WAVENUMBERS, WAVENUMBERS**2  # symbols of -i ∂/∂x and -∂²/∂x²
+MESH_WIDTH = DOMAIN_EXTENT / NUM_POINTS
+DIFFERENCES = (  # the same, of second order
+    np.sin(WAVENUMBERS * MESH_WIDTH) / MESH_WIDTH,
+    (2 - 2 * np.cos(WAVENUMBERS * MESH_WIDTH)) / MESH_WIDTH**2,
+)
 
 
-def time_derivative(u):
-    """The Fourier transform of ∂u/∂t of a state `[1, NUM_POINTS]`."""
-    return LINEAR * jnp.fft.rfft(u) - 0.5j * WAVENUMBERS * jnp.fft.rfft(u**2)
+def crank_nicolson(u_next, u_prev, symbols=SPECTRAL, precondition=False):
+    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`; states are
+    `[1, NUM_POINTS]`."""
+    first, second = symbols
+    linear = second - second**2  # of -∂²/∂x² - ∂⁴/∂x⁴
+    slope = lambda u: linear * jnp.fft.rfft(u) - 0.5j * first * jnp.fft.rfft(u**2)
+    residual = jnp.fft.rfft(u_next - u_prev) - DT / 2 * (slope(u_next) + slope(u_prev))
+    return jnp.fft.irfft(residual / (1 - DT / 2 * linear) if precondition else residual)
 
 
-def preconditioned_crank_nicolson(u_next, u_prev):
-    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. To first
-    order it is the error of `u_next`, because the linear part of the step is inverted."""
-    slope = (time_derivative(u_next) + time_derivative(u_prev)) / 2
-    residual = jnp.fft.rfft(u_next - u_prev) - DT * slope
-    return jnp.fft.irfft(residual / (1 - DT / 2 * LINEAR))
+def preconditioned_crank_nicolson(u_next, u_prev, symbols=SPECTRAL):
+    """The same with the linear part of the step inverted: to first order, the error of
+    `u_next`."""
+    return crank_nicolson(u_next, u_prev, symbols, precondition=True)
 
 
 def crank_nicolson_step(u_prev):
@@ -102,9 +111,9 @@ def long_waves(num_samples, key):
     return jnp.fft.irfft(u_hat.at[..., 1:3].set(NUM_POINTS * (real - 1j * imaginary)))
 
 
-def initial_conditions(num_samples, key):
+def initial_conditions(num_samples, key, long=0.1):
     """The random waves of the published training. Their period is about a seventh of the
-    domain, and a convolutional emulator preserves it: adding a tenth of `long_waves` breaks
+    domain, and a convolutional emulator preserves it: adding `long` times `long_waves` breaks
     the symmetry."""
     keys = jax.random.split(key, 5)
     shape = (num_samples, 1, 1)
@@ -116,7 +125,7 @@ def initial_conditions(num_samples, key):
     u = jnp.sin(x + phase) + second * jnp.sin(2 * x + phase) + jnp.sin(3 * x + phase) / 3
     lowest, highest = (f(u, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
     waves = amplitude * (2 * (u - lowest) / (highest - lowest) - 1)
-    return waves + 0.1 * long_waves(num_samples, keys[4])
+    return waves + long * long_waves(num_samples, keys[4])
 
 
 def published_test(num_samples=NUM_TEST, seed=0):
@@ -138,12 +147,15 @@ class ConvNet(eqx.Module):
     connections. Its activations are products of channels, because the equation is quadratic."""
 
     layers: list[eqx.nn.Conv1d]
+    activation: Callable = eqx.field(static=True)
 
-    def __init__(self, *, width=16, depth=3, kernel_size=9, key):
+    def __init__(self, *, width=16, depth=3, kernel_size=9, activation=bilinear, key):
+        self.activation = activation
+        hidden_width = 2 * width if activation is bilinear else width
         layers = [
             eqx.nn.Conv1d(
                 1 + i * width,
-                2 * width if i < depth - 1 else 1,
+                hidden_width if i < depth - 1 else 1,
                 kernel_size,
                 padding="SAME",
                 padding_mode="CIRCULAR",
@@ -159,31 +171,49 @@ class ConvNet(eqx.Module):
     def __call__(self, u):
         hidden = jnp.clip(u, -5, 5) / 2  # so that no rollout can overflow
         for layer in self.layers[:-1]:
-            hidden = jnp.concatenate([hidden, bilinear(layer(hidden))])
+            hidden = jnp.concatenate([hidden, self.activation(layer(hidden))])
         return u + self.layers[-1](hidden)
 
 
-def train_emulator(name, options, *, num_updates, key):
-    """Trains a fresh emulator, with `options` of `residuum_loss`. Returns it and the seconds
-    that this took, compilation included."""
-    init_key, buffer_key, updates_key = jax.random.split(key, 3)
-    loss_fn = on_replayed_states(
-        preconditioned_crank_nicolson,
-        initial_conditions,
-        batch_size=8,
+class Recipe(NamedTuple):
+    """What is trained, and on what. The ablation changes one item at a time."""
+
+    num_rollout_steps: int = 4
+    cuts: Cuts = Cuts()
+    relative_updates: float = 1.0
+    residuum_fn: Callable = preconditioned_crank_nicolson
+    long: float = 0.1  # of the long waves among the initial conditions
+    batch_size: int = 8
+    b2: float = 0.99  # of Adam
+    network: Callable = ConvNet
+
+
+def train_emulator(case):
+    """Of the case (model, recipe, seed, number of updates). Returns the case, the emulator, and
+    the seconds that its training took."""
+    model, recipe, seed, num_updates = case
+    init_key, buffer_key, updates_key = jax.random.split(jax.random.key(seed), 3)
+    fresh = partial(initial_conditions, long=recipe.long)
+    loss_fn = published.on_replayed_states(
+        recipe.residuum_fn,
+        fresh,
+        batch_size=recipe.batch_size,
         fresh_share=0.001,
         bound=10,
-        **options,
+        num_rollout_steps=recipe.num_rollout_steps,
+        cuts=recipe.cuts,
     )
-    return minimise(
-        name,
-        ConvNet(key=init_key),
+    emulator, seconds = published.minimise(
+        model,
+        recipe.network(key=init_key),
         loss_fn,
-        initial_conditions(BUFFER_SIZE, buffer_key),
+        fresh(BUFFER_SIZE, buffer_key),
         updates_key,
         num_updates=num_updates,
         learning_rate=5e-3,
+        b2=recipe.b2,
     )
+    return case, emulator, seconds
 
 
 #
@@ -202,65 +232,107 @@ def spectrum(u):
 
 
 class Scores(NamedTuple):
-    """Of one emulator. `row` is its row of the table, with the columns of `COLUMNS`."""
+    """Of one emulator. `numbers` are the columns of its row in the CSV file."""
 
     mse: np.ndarray  # [time]
     energy: np.ndarray  # of the modes of `MODES`, relative to the solver's
-    row: np.ndarray
+    numbers: dict[str, float]
 
 
 # Heading of each column: name in the CSV file, format. The error of the spectrum is the
 # largest one of all `MODES`.
 COLUMNS = {
-    **{f"MSE t = {t}": (f"mse_{t}", "{:.1e}") for t in REPORT_TIMES},
-    "nRMSE 0.3": ("time_of_nrmse_0.3", "t = {:.1f}"),
+    **{f"t = {t}": (f"mse_{t}", "{:.1e}") for t in REPORT_TIMES},
+    "nRMSE 0.3": ("time_of_nrmse_0.3", "{:.1f}"),
     "std u": ("std", "{:.3f}"),
     "spectrum": ("spectrum", "{:.1%}"),
     "parameters": ("parameters", "{:.0f}"),
+    "training": ("seconds", "{:.0f} s"),
+}
+ABLATION_COLUMNS = {
+    **{name: column for name, column in COLUMNS.items() if name.startswith("t = ")},
+    "parameters": ("parameters", "{:.0f}"),
+    "updates": ("updates", "{:.0f}"),
     "training": ("seconds", "{:.0f} s"),
 }
 MODES = slice(2, 25)  # without the longest wave, of which there are too few samples
 STATISTICS_FROM = 200  # steps
 
 
-def evaluate(u, reference, num_parameters=np.nan, seconds=np.nan):
+def evaluate(u, reference):
     mse, error = (np.asarray(f(u, reference)) for f in (mean_squared_error, relative_error))
     energy, solver = (spectrum(v[:, STATISTICS_FROM:])[MODES] for v in (u, reference))
     too_large = np.append(~(error < 0.3), True)
-    row = [mse[round(t / DT)] for t in REPORT_TIMES]
-    row += [DT * np.argmax(too_large), np.std(u), np.max(np.abs(energy / solver - 1))]
-    row = np.nan_to_num(row, nan=np.inf)  # where the emulator diverged
-    return Scores(mse, energy / solver, np.array([*row, num_parameters, seconds]))
+    numbers = {f"mse_{t}": mse[round(t / DT)] for t in REPORT_TIMES}
+    numbers["time_of_nrmse_0.3"] = DT * np.argmax(too_large)
+    numbers |= {"std": np.std(u), "spectrum": np.max(np.abs(energy / solver - 1))}
+    # Where the emulator diverged, errors are infinite.
+    numbers = {name: float(np.nan_to_num(x, nan=np.inf)) for name, x in numbers.items()}
+    return Scores(mse, energy / solver, numbers)
 
 
-def csv_row(name, seed, row):
-    texts = ["" if np.isnan(x) else f"{x:.6g}" for x in row]
-    columns = [column for column, _ in COLUMNS.values()]
-    return {"emulator": name, "seed": seed, **dict(zip(columns, texts, strict=True))}
+def make_row(model, numbers, seed="", emulator=None, updates="", seconds=""):
+    """A row of the CSV file."""
+    numbers = {name: f"{x:.6g}" for name, x in numbers.items()}
+    columns = published.training_columns(emulator, updates, seconds)
+    return {"model": model, "seed": seed, **numbers, **columns}
 
 
-def print_table(rows):
-    formats = [format for _, format in COLUMNS.values()]
-    texts = {
-        name: [
-            "" if np.isnan(x) else format.format(x)
-            for x, format in zip(row, formats, strict=True)
-        ]
-        for name, row in rows.items()
-    }
-    print_texts("", COLUMNS, texts)
+#
+# Models, rows, figure
+#
 
-
+EXACT = "exact step, Crank–Nicolson"
 # Measured by benchmarks/ar_densed.py from the published weights, commit adeb9f313d70.
-PUBLISHED = Scores(
-    mse=np.array([6.0e-4, 8.8e-3, 6.6e-2, 0.56]),  # at REPORT_TIMES
-    energy=np.fromstring(
-        "0.910 0.951 0.953 0.988 0.961 0.938 0.968 0.937 0.978 0.938 0.922 0.937 "
-        "0.989 0.910 0.908 0.939 0.902 0.872 0.890 0.911 0.889 0.872 0.867",
-        sep=" ",
-    ),
-    row=np.array([6.0e-4, 8.8e-3, 6.6e-2, 0.56, 13.9, 1.275, 0.133, 4820, np.nan]),
+PUBLISHED = "AR-DenseED"
+PUBLISHED_NUMBERS = {
+    **{"mse_1": 6.0e-4, "mse_5": 8.8e-3, "mse_10": 6.6e-2, "mse_20": 0.56},
+    **{"time_of_nrmse_0.3": 13.9, "std": 1.275, "spectrum": 0.133},
+}
+PUBLISHED_ENERGY = np.fromstring(
+    "0.910 0.951 0.953 0.988 0.961 0.938 0.968 0.937 0.978 0.938 0.922 0.937 "
+    "0.989 0.910 0.908 0.939 0.902 0.872 0.890 0.911 0.889 0.872 0.867",
+    sep=" ",
 )
+MODELS = {
+    "1 step": Recipe(num_rollout_steps=1),
+    "4 steps": Recipe(),
+    "8 steps, `bptt=1`": Recipe(num_rollout_steps=8, cuts=Cuts(bptt=1)),
+}
+ABLATION = {
+    "nothing": Recipe(),
+    "the waves alone, without long ones": Recipe(long=0.0),
+    "differences of second order": Recipe(
+        residuum_fn=partial(preconditioned_crank_nicolson, symbols=DIFFERENCES)
+    ),
+    "not preconditioned": Recipe(residuum_fn=crank_nicolson),
+    "24 channels": Recipe(network=partial(ConvNet, width=24)),
+    "GELU, four convolutions": Recipe(
+        network=partial(ConvNet, depth=4, activation=jax.nn.gelu)
+    ),
+    "batches of 32": Recipe(batch_size=32),
+    "batches of 32, a quarter of the updates": Recipe(batch_size=32, relative_updates=0.25),
+    "Adam with `b2=0.999`, not 0.99": Recipe(b2=0.999),
+    "1 step": Recipe(num_rollout_steps=1),
+    "1 step, 3.5 times the updates": Recipe(num_rollout_steps=1, relative_updates=3.5),
+    "4 steps, `bptt=1`": Recipe(cuts=Cuts(bptt=1)),
+    "8 steps": Recipe(num_rollout_steps=8),
+    "8 steps, `bptt=1`": Recipe(num_rollout_steps=8, cuts=Cuts(bptt=1)),
+}
+FOLDER = pathlib.Path("benchmarks")
+CSV, ABLATION_CSV = (
+    FOLDER / f"published_kuramoto_sivashinsky{which}.csv" for which in ("", "_ablation")
+)
+
+
+def train_and_evaluate(cases, reference, workers):
+    """Yields (row of the CSV file, scores, first trajectory) of each case."""
+    for (model, _, seed, updates), emulator, seconds in study.on_single_cores(
+        train_emulator, cases, workers
+    ):
+        u = rollout(emulator, reference[:, 0], TEST_STEPS)
+        scores = evaluate(u, reference)
+        yield make_row(model, scores.numbers, seed, emulator, updates, seconds), scores, u[0]
 
 
 def draw(reference, emulated, scores):
@@ -276,11 +348,10 @@ def draw(reference, emulated, scores):
 
     for color, line, (name, score) in zip(COLORS, LINES, scores.items(), strict=True):
         style = dict(color=color, linestyle=line)
-        if name == "AR-DenseED":
-            axes["mse"].semilogy(REPORT_TIMES, score.mse, marker="o", label=name, **style)
-        else:
-            times = DT * np.arange(len(score.mse))
-            axes["mse"].semilogy(times, score.mse, label=name, **style)
+        published_times = name == PUBLISHED
+        times = REPORT_TIMES if published_times else DT * np.arange(len(score.mse))
+        marker = "o" if published_times else None
+        axes["mse"].semilogy(times, score.mse, marker=marker, label=name, **style)
         axes["energy"].plot(np.arange(50)[MODES], score.energy, **style)
     axes["mse"].set(title="error on the published test", xlabel="time t")
     axes["mse"].set(ylabel="mean squared error", ylim=(1e-9, 10))
@@ -295,45 +366,50 @@ def main():
     figure = "assets/kuramoto_sivashinsky.png"
     parser = study.make_parser(__doc__, figure, CSV, quick="20 updates, 8 trajectories")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
-    parser.add_argument("--updates", type=int, default=30_000, help="updates of each model")
-    parser.add_argument("--rollout-steps", type=int, default=4)
+    parser.add_argument("--updates", type=int, help="of each emulator: 30000, or 6000")
+    parser.add_argument("--ablation", action="store_true", help="on other trajectories")
+    parser.add_argument("--workers", type=int, help="trainings at a time; one for each core")
     args = parser.parse_args()
-    num_updates = 20 if args.quick else args.updates
+    num_updates = 20 if args.quick else args.updates or (6000 if args.ablation else 30_000)
 
-    reference = published_test(8 if args.quick else NUM_TEST)
-    start = reference[:, 0]
-    steps = args.rollout_steps
-    models = {
-        "1 step": dict(num_rollout_steps=1),
-        f"{steps} steps": dict(num_rollout_steps=steps),
-        f"{2 * steps} steps, bptt=1": dict(num_rollout_steps=2 * steps, cuts=Cuts(bptt=1)),
-    }
-    exact = evaluate(rollout(crank_nicolson_step, start, TEST_STEPS), reference)
-    first, rows = {"exact Crank–Nicolson": exact}, {name: [] for name in models}
-    for seed in args.seed:
-        for name, options in models.items():
-            stepper, seconds = train_emulator(
-                name, options, num_updates=num_updates, key=jax.random.key(seed)
-            )
-            u = rollout(stepper, start, TEST_STEPS)
-            scores = evaluate(u, reference, num_parameters(stepper), seconds)
-            rows[name].append(scores.row)
-            if seed == args.seed[0]:
-                emulated, first[name] = u[0], scores
-
-    table = {"AR-DenseED": PUBLISHED.row}
-    for name in models:
-        columns = zip(*rows[name], strict=True)
-        table[name], least, most = zip(*map(study.over_seeds, columns), strict=True)
-        if len(args.seed) > 1:
-            table |= {f"{name}, least": least, f"{name}, most": most}
-    print_table(table | {"exact Crank–Nicolson": exact.row})
-    print(f"\nstd u of the solver: {np.std(reference):.3f}")
+    num_samples = 8 if args.quick else 100 if args.ablation else NUM_TEST
+    reference = published_test(num_samples, seed=1 if args.ablation else 0)
+    models = ABLATION if args.ablation else MODELS
+    cases = [
+        (model, recipe, seed, max(20, round(recipe.relative_updates * num_updates)))
+        for model, recipe in models.items()
+        for seed in args.seed
+    ]
+    cases = cases[:2] if args.quick and args.ablation else cases
+    results = list(train_and_evaluate(cases, reference, args.workers))
+    order = {(model, seed): i for i, (model, _, seed, _) in enumerate(cases)}
+    results.sort(key=lambda result: order[result[0]["model"], result[0]["seed"]])
+    rows = [row for row, _, _ in results]
+    path = args.csv or (ABLATION_CSV if args.ablation else CSV)
+    if not args.ablation:
+        u = rollout(crank_nicolson_step, reference[:, 0], TEST_STEPS)
+        exact = evaluate(u, reference)
+        persistence = evaluate(jnp.broadcast_to(u[:, :1], u.shape), reference)
+        first = make_row("persistence", persistence.numbers)
+        ar_densed = make_row(PUBLISHED, PUBLISHED_NUMBERS) | dict(parameters=4820)
+        rows = [first, ar_densed, *rows, make_row(EXACT, exact.numbers)]
+        solver = dict.fromkeys(first, "") | dict(model="solver", std=f"{np.std(reference):.6g}")
+        rows.append(solver)
+    table = published.markdown(rows, ABLATION_COLUMNS if args.ablation else COLUMNS)
+    print(table)
     if args.csv or not args.quick:
-        rows = [(name, *x) for name in models for x in zip(args.seed, rows[name], strict=True)]
-        rows.append(("exact Crank–Nicolson", "", exact.row))
-        study.write_csv(args.csv or CSV, [csv_row(*row) for row in rows])
-    save_figure(args.output, draw(reference[0], emulated, first | {"AR-DenseED": PUBLISHED}))
+        study.write_csv(path, rows)
+        study.write_table(path, table)
+    if args.ablation:
+        return
+
+    scores = {EXACT: exact}
+    for row, score, u in results:
+        if row["seed"] == args.seed[0]:
+            scores[row["model"].replace("`", "")], emulated = score, u
+    at_report_times = np.array([PUBLISHED_NUMBERS[f"mse_{t}"] for t in REPORT_TIMES])
+    scores[PUBLISHED] = Scores(at_report_times, PUBLISHED_ENERGY, PUBLISHED_NUMBERS)
+    save_figure(args.output, draw(reference[0], emulated, scores))
 
 
 if __name__ == "__main__":

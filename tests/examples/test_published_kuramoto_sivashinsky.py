@@ -9,6 +9,7 @@ import pytest
 
 from residuum import residuum_loss
 from test_residuum import slow
+from tests.common import ROOT
 
 
 def attractor(num_samples=2):
@@ -27,6 +28,18 @@ def test_residual_of_the_exact_step_is_zero():
     states = attractor()
     assert loss_of(ks.crank_nicolson_step, states) < 1e-15
     assert loss_of(lambda u: u, states) > 1e-4
+
+
+def test_symbols_of_differences_are_those_of_the_stencils():
+    first, second = ks.DIFFERENCES
+    u = np.random.default_rng(0).normal(size=96)
+    u_hat = np.fft.rfft(u)
+    u_hat[-1] = 0  # the shortest wave has no derivative here
+    u = np.fft.irfft(u_hat)
+    h = 22 * np.pi / 96
+    after, before = np.roll(u, -1), np.roll(u, 1)
+    assert np.allclose(np.fft.irfft(1j * first * u_hat), (after - before) / (2 * h))
+    assert np.allclose(np.fft.irfft(-second * u_hat), (after - 2 * u + before) / h**2)
 
 
 def time_derivative(u):
@@ -118,7 +131,7 @@ def test_the_network_starts_as_the_identity_and_commutes_with_shifts():
 def test_number_of_parameters():
     stepper = ks.ConvNet(width=3, depth=3, kernel_size=5, key=jax.random.key(0))
     first, second, last = (1 * 5 + 1) * 6, (4 * 5 + 1) * 6, 7 * 5 + 1
-    assert ks.num_parameters(stepper) == first + second + last
+    assert ks.published.num_parameters(stepper) == first + second + last
 
 
 def waves(amplitudes, num_steps=400):
@@ -142,15 +155,16 @@ def test_scores_of_a_known_emulator():
     every = {mode: 1.0 for mode in range(49)}
     u = waves(every)
     emulated = (1.1 * u).at[:, 300:].multiply(-1)
-    scores = ks.evaluate(emulated, u, 12, 3.4)
-    mse = 0.01 * np.mean(u**2)
-    expected = [mse, mse, mse, mse, 30.0, 1.1 * np.std(u), 0.21, 12, 3.4]
-    assert np.allclose(scores.row[:4], expected[:4], rtol=1e-3)
-    assert np.allclose(scores.row[[4, 6, 7, 8]], expected[4:5] + expected[6:], rtol=1e-3)
+    scores = ks.evaluate(emulated, u)
+    mse = 0.01 * float(np.mean(u**2))
+    expected = dict(mse_1=mse, mse_5=mse, mse_10=mse, mse_20=mse, std=float(np.std(emulated)))
+    expected |= {"time_of_nrmse_0.3": 30.0, "spectrum": 0.21}
+    assert scores.numbers == pytest.approx(expected, rel=1e-3)
     assert scores.energy.shape == (23,) and np.allclose(scores.energy, 1.21, rtol=1e-3)
-    diverged = ks.evaluate(emulated.at[:, 50:].set(jnp.nan), u)
-    assert np.isclose(diverged.row[0], mse, rtol=1e-3) and np.all(diverged.row[1:4] == np.inf)
-    assert np.isclose(diverged.row[4], 5.0)
+    numbers = ks.evaluate(emulated.at[:, 50:].set(jnp.nan), u).numbers
+    assert numbers["mse_1"] == pytest.approx(mse, rel=1e-3)
+    assert [numbers[f"mse_{t}"] for t in (5, 10, 20)] == 3 * [np.inf]
+    assert numbers["time_of_nrmse_0.3"] == pytest.approx(5.0)
 
 
 @slow
@@ -163,8 +177,26 @@ def test_the_published_test_is_on_the_attractor():
 
 
 def test_rows_of_the_csv_file_have_the_columns_of_the_table():
-    row = ks.csv_row("emulator", 3, ks.PUBLISHED.row)
-    assert (row["emulator"], row["seed"]) == ("emulator", 3)
+    row = ks.make_row("emulator", ks.PUBLISHED_NUMBERS, 3)
+    assert (row["model"], row["seed"]) == ("emulator", 3)
     assert [row[f"mse_{t}"] for t in (1, 5, 10, 20)] == ["0.0006", "0.0088", "0.066", "0.56"]
-    assert (row["parameters"], row["seconds"]) == ("4820", "")
-    assert len(row) == 2 + len(ks.COLUMNS)
+    assert {column for column, _ in ks.COLUMNS.values()} < row.keys()
+
+
+@pytest.mark.parametrize(
+    "path, columns", [(ks.CSV, ks.COLUMNS), (ks.ABLATION_CSV, ks.ABLATION_COLUMNS)], ids=str
+)
+def test_the_documentation_has_the_tables_of_the_csv_files(path, columns):
+    table = ks.published.markdown(ks.study.read_csv(ROOT / path), columns)
+    assert table in (ROOT / path).with_suffix(".md").read_text()
+
+
+def test_readme_has_the_medians_of_the_csv_file():
+    rows = [row for row in ks.study.read_csv(ROOT / ks.CSV) if row["model"] == "4 steps"]
+    assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    mse, seconds, size = (
+        np.median([float(row[column]) for row in rows])
+        for column in ("mse_10", "seconds", "parameters")
+    )
+    ours = f"{mse:.1e} | 4,820 / {size:,.0f} | {seconds:.0f} s |".replace("e-0", "e-")
+    assert f"| 6.6e-2 | {ours}" in (ROOT / "README.md").read_text()

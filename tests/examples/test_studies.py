@@ -72,26 +72,22 @@ def cells(lines, name):
 
 @slow
 def test_published_kuramoto_sivashinsky(tmp_path):
-    csv = tmp_path / "scores.csv"
-    arguments = ("--seed", "0", "1", "--rollout-steps", "2", "--csv", str(csv))
-    lines = run_study("published_kuramoto_sivashinsky", tmp_path, *arguments)
-    models = ["1 step", "2 steps", "4 steps, bptt=1"]
-    exact, published = (cells(lines, x) for x in ("exact Crank–Nicolson", "AR-DenseED"))
-    assert published == [6e-4, 8.8e-3, 6.6e-2, 0.56, 13.9, 1.275, 13.3, 4820]
-    assert len(exact) == 7 and exact[2] < 1e-5
+    import published_kuramoto_sivashinsky as ks
 
-    *rows, last = read_csv(csv)
-    assert [(row["emulator"], row["seed"]) for row in rows] == [
-        (name, seed) for name in models for seed in ("0", "1")
-    ]
-    assert float(last["mse_10"]) == pytest.approx(exact[2], rel=0.05)
-    for name in models:
-        errors = sorted(float(row["mse_1"]) for row in rows if row["emulator"] == name)
-        assert exact[0] < errors[0] <= errors[1] < float("inf")
-        least, most = (cells(lines, f"{name}, {which}")[0] for which in ("least", "most"))
-        assert [least, most] == pytest.approx(errors, rel=0.05)
-        assert least <= cells(lines, name)[0] <= most
-    assert cells(lines, "std u of the solver:")[0] == pytest.approx(1.31, rel=0.05)
+    csv = tmp_path / "scores.csv"
+    lines = run_study("published_kuramoto_sivashinsky", tmp_path, "--csv", str(csv))
+    rows = read_csv(csv)
+    models = ["persistence", ks.PUBLISHED, *ks.MODELS, ks.EXACT, "solver"]
+    assert [row["model"] for row in rows] == models
+    errors = {row["model"]: float(row["mse_1"]) for row in rows[:-1]}
+    assert errors[ks.EXACT] < 1e-5 < errors[ks.PUBLISHED] < min(errors[m] for m in ks.MODELS)
+    assert min(errors, key=errors.get) == ks.EXACT
+    assert float(rows[-1]["std"]) == pytest.approx(1.31, rel=0.05)
+    assert ks.published.markdown(rows, ks.COLUMNS) in "\n".join(lines)
+
+    arguments = ("--ablation", "--csv", str(csv))
+    lines = run_study("published_kuramoto_sivashinsky", tmp_path, *arguments, figure=False)
+    assert [row["model"] for row in read_csv(csv)] == list(ks.ABLATION)[:2]
 
 
 @slow
@@ -190,6 +186,17 @@ def test_the_documentation_has_the_errors_of_conditioning():
         first, last = (f"{float(row[f'error_{when}']):.1g}" for when in ("first", "last"))
         assert f"{first} to {last}".replace("e-0", "e-") in page
         assert f" {row['condition_number']}" in page
+
+
+def test_the_documentation_has_the_tables_of_rollout_cost(tmp_path, monkeypatch, capsys):
+    import draw
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["draw.py", "--output", str(tmp_path / "figure.png")])
+    draw.main()
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    page = (ROOT / "benchmarks" / "rollout_cost.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("|")] == tables
 
 
 @slow
