@@ -169,7 +169,7 @@ def residuum_loss(
     - `checkpoint`: rematerialise each time step in the backward pass. `True` stores a state
         per step instead of its activations, at the cost of about one more forward pass. An int
         `k` stores every `k`-th state, plus the `k` states of the block being differentiated:
-        `T / k + k` in all, fewest for `k` near `√T`, at the cost of about two. With a static
+        `T / k + k` in all, fewest for `k` near `√T`, for about two such passes. With a static
         `bptt`, this holds within a segment; for `bptt=1`, nothing is left to save.
     - `unroll`: time steps per loop iteration, as in `jax.lax.scan`; `True` for no loop.
         Compile time grows with it. One step has no loop. On a CPU, convolutions are slower in a
