@@ -48,8 +48,8 @@ class Cuts(NamedTuple):
 
     - `bptt`: cuts the main chain, i.e., truncates backpropagation through time (TBPTT). An
         int `k >= 1` cuts after every `k`-th step: the state made by step `t`, counted from 0,
-        is cut where `(t + 1) % k == 0`, with all its leaves. `False` cuts nothing, `True` means
-        1. A bool array or list `[num_rollout_steps]` cuts after step `t` where it is true.
+        is cut where `(t + 1) % k == 0`, with all its leaves. `False` cuts nothing, `True` after
+        every step, a bool array or list `[num_rollout_steps]` after step `t` where it is true.
     - `prev`, `next`: cut that argument of `residuum_fn`. A bool, or a bool array or list, `[]`
         or `[num_rollout_steps]`.
     """

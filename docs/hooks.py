@@ -50,7 +50,8 @@ def on_page_markdown(markdown, page, config, files):
 
     def table(match):
         lines = (ROOT / match[1]).read_text().splitlines()
-        return "\n".join(line for line in lines if line.startswith("|"))
+        # Blank lines stay: they separate tables.
+        return "\n".join(line for line in lines if not line or line.startswith("|"))
 
     def link(match):
         text, path = match.groups()
