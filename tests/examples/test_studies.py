@@ -2,6 +2,7 @@
 takes from them. What they have in common is benchmarks/study.py."""
 
 import re
+from functools import partial
 
 import chex
 import jax
@@ -215,9 +216,10 @@ def test_the_three_ways_of_tiny_networks_have_the_same_gradient():
 
     params = {"in": jnp.linspace(-1, 1, 6).reshape(2, 3), "out": jnp.ones((3, 2))}
     data = jnp.linspace(0, 1, 3)[None, None]
-    ways = tiny_networks.with_residuum, tiny_networks.with_scan
-    one, other = (jax.grad(way)(params, data, num_steps=5, bptt=2) for way in ways)
-    chex.assert_trees_all_close(one, other, rtol=1e-9)
+    unrolled = partial(tiny_networks.with_residuum, unroll=2)
+    ways = tiny_networks.with_scan, tiny_networks.with_residuum, unrolled
+    grads = [jax.grad(way)(params, data, num_steps=5, bptt=2) for way in ways]
+    chex.assert_trees_all_close(*grads, rtol=1e-9)
 
 
 def test_the_documentation_has_the_ratios_of_tiny_networks():
