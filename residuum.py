@@ -9,13 +9,23 @@ no solver runs in the loop. ("Residuum" is what trainax, the reference, calls th
 This one file needs jax and jaxtyping. Install the package, or copy the file.
 """
 
+import re
 import reprlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, reduce
-from itertools import pairwise
 from numbers import Number
 from operator import is_, itemgetter
-from typing import Any, get_args, Literal, NamedTuple, overload, TypedDict, Unpack
+from typing import (
+    Any,
+    get_args,
+    Literal,
+    NamedTuple,
+    overload,
+    TypedDict,
+    TypeVar,
+    Unpack,
+)
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +90,7 @@ def mse(residuum: PyTree[Shaped[ArrayLike, "..."]]) -> Float[Array, ""]:
 
     - `residuum`: PyTree of real or complex arrays of any shape, with at least one entry.
     """
-    leaves = _check_tree("residuum", residuum, "must be an array", lambda _: True, Number)
+    leaves = _residuum_leaves(residuum, "residuum")
     # Unlike abs(r)**2, this is differentiable where r is 0.
     sums = [jnp.sum((r * r.conj()).real) for r in map(_at_least_float32, leaves)]
     widest = max((s.dtype for s in sums), key=lambda dtype: dtype.itemsize)
@@ -116,6 +126,15 @@ def residuum_loss(
     has_aux: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Float[Array, ""], Rollout]: ...
+@overload
+def residuum_loss(
+    stepper: Stepper,
+    data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
+    residuum_fn: ResiduumFn,
+    *,
+    has_aux: bool,
+    **options: Unpack[Options],
+) -> Float[Array, ""] | tuple[Float[Array, ""], Rollout]: ...
 def residuum_loss(
     stepper: Stepper,
     data: PyTree[Shaped[ArrayLike, "batch num_snapshots ..."]],
@@ -186,146 +205,434 @@ def residuum_loss(
     `TypeError` or `ValueError` at trace time, naming the argument. What your functions raise
     passes through, with notes: which function it was, its arguments, and how `data` was read.
     """
-    _check(type(_scalar(has_aux)) is bool, TypeError, "has_aux must be a static bool", has_aux)
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    unrolled_steps = _check_int("unroll", unroll, {True: num_steps, False: 1})
-    stored_every = _check_int("checkpoint", checkpoint, {True: 1, False: 0})
-    all_cuts, masks, k = _check_cuts(cuts, num_steps)
-    given_weights = jnp.ones(num_steps, jnp.float32) if weights is None else weights
-    level_weights = _check_levels(
-        "weights must be a real array", given_weights, REAL, num_steps
-    )
-    snapshot, to_state, how_data_was_read = _check_data(data, num_steps)
-    level_inputs, to_arguments = _check_inputs(inputs, len(snapshot[0]), num_steps)
-    try:
-        hash(axis_name)
-    except TypeError:
-        _check(False, TypeError, "axis_name must be hashable", axis_name)
-    over_batch = partial(jax.vmap, axis_name=axis_name)
-    checked = partial(_checked, how_data_was_read, axis_name)
-    next_state = checked("stepper", stepper, _check_next, "u_prev")
-    residual = checked("residuum_fn", residuum_fn, _check_residual, "u_next", "u_prev")
-    residual_loss = checked("time_level_loss", time_level_loss, _check_loss, "residuum")
+    steps_per_iteration = _check_bool_or_int("unroll", unroll, false=1, true=num_steps)
+    steps_per_stored_state = _check_bool_or_int("checkpoint", checkpoint, false=0, true=1)
+    steps_per_segment, static_cuts, masks = _check_cuts(cuts, num_steps)
+    level_weights = _check_weights(weights, num_steps)
+    initial_state = _check_data(data, num_steps)
+    level_inputs, to_keywords = _check_inputs(inputs, initial_state[0].shape[0], num_steps)
+    _check_axis_name(axis_name)
+    _check_bool("has_aux", has_aux)
+    _check_callable("stepper", stepper)
+    _check_callable("residuum_fn", residuum_fn)
+    _check_callable("time_level_loss", time_level_loss)
 
-    # Here a state is a list of leaves. Only the user's functions see the PyTree.
-    def advance(u_prev: State, inputs_t: list[Array]) -> Any:
-        return next_state(to_state(u_prev), *to_arguments(inputs_t))
+    # From here on, a state is the list of its leaves. Only the user's functions see the PyTree.
+    to_state = partial(jax.tree.unflatten, jax.tree.structure(data))
+    call = partial(_call, data, axis_name)
+
+    def next_state(u_prev: State, inputs_t: list[Array]) -> State:
+        state = to_state(u_prev)
+        check = partial(_check_next_state, u_prev=state)
+        return call("stepper", stepper, check, u_prev=state, **to_keywords(inputs_t))
+
+    def level_loss(u_next: State, u_prev: State, inputs_t: list[Array]) -> Array:
+        states = {"u_next": to_state(u_next), "u_prev": to_state(u_prev)}
+        arguments = {**states, **to_keywords(inputs_t)}
+        residuum = call("residuum_fn", residuum_fn, _check_residuum, **arguments)
+        return call("time_level_loss", time_level_loss, _check_loss, residuum=residuum)
 
     def time_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
-        bptt, prev, next = all_cuts._replace(**masks_t)
-        u_next = advance(u_prev, inputs_t)
-        states = to_state(_cut(u_next, next)), to_state(_cut(u_prev, prev))
-        return _cut(u_next, bptt), residual_loss(residual(*states, *to_arguments(inputs_t)))
+        is_cut = {**static_cuts, **masks_t}
+        u_next = next_state(u_prev, inputs_t)
+        loss = level_loss(_cut(u_next, is_cut["next"]), _cut(u_prev, is_cut["prev"]), inputs_t)
+        return _cut(u_next, is_cut["bptt"]), loss
 
     def batch_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
-        u_next, losses = over_batch(time_step, (0, None, 0))(u_prev, masks_t, inputs_t)
-        return [*map(_cast, u_next, u_prev)], jnp.mean(_at_least_float32(losses))
+        over_batch = jax.vmap(time_step, (0, None, 0), axis_name=axis_name)
+        u_next, losses = over_batch(u_prev, masks_t, inputs_t)
+        return u_next, jnp.mean(_at_least_float32(losses))
 
-    first_masks, first_inputs = jax.tree.map(itemgetter(0), (masks, level_inputs))
-    cut = partial(_cut, where=first_masks.get("bptt", False))  # which may vary over a mesh
-    u_0 = _settle(lambda u: cut(over_batch(advance)(u, first_inputs)), snapshot)
-    step, closed_over, is_constant, loss_dtype = _hoist(
-        batch_step, u_0, first_masks, first_inputs
-    )
-    # `checkpoint` would save nothing in a segment of one step: its backward pass is next.
-    loop = Loop(step, is_constant, k, 0 if k == 1 < num_steps else stored_every, unrolled_steps)
-    levels = Levels(level_weights.astype(loss_dtype), masks, level_inputs)
-    rollout = _streamed_rollout if k < num_steps else _rollout
-    loss, (losses, u) = rollout(loop, closed_over, u_0, levels)
-    return (loss, jax.lax.stop_gradient(Rollout(losses, to_state(u)))) if has_aux else loss
+    step, arrays = _hoist(batch_step, initial_state, level_weights, (masks, level_inputs))
+    loop = Loop(steps_per_segment, steps_per_stored_state, steps_per_iteration)
+    # If a static `bptt` cuts the rollout into segments, the rollout is streamed: the gradient
+    # of a segment is taken while the rollout advances, so that one segment at a time is stored.
+    loss, losses, final_state = _segmented_scan(step, loop, arrays)
+    rollout = jax.lax.stop_gradient(Rollout(losses, to_state(final_state)))
+    return (loss, rollout) if has_aux else loss
 
 
 #
-# The rollout: a loop over time steps
+# A scan that sums, and is cut into segments
+#
+# This section knows nothing of residuals. A step is that of a `jax.lax.scan`; it also reads
+# parameters, and its output is a number, its term. The scan adds up the terms:
+#
+#     state, termₜ = step(params, state, xsₜ),        total = Σₜ weightsₜ · termₜ
+#
+# Only the total has derivatives. The state is cut after each segment of some steps: no gradient
+# crosses from one segment into another. Differentiating a loop over all segments would
+# nevertheless store something for each of them, because the loop runs forward to its end before
+# it runs backward. But the gradient of the total is the sum of the gradients of the segments.
+# So `_segments_and_grad` takes value and gradient of one segment, adds the gradient to a sum,
+# cuts the state, and goes on. It stores the sum, and the activations of one segment.
+#
+# `_streamed_scan_jvp` makes a derivative rule of it. If anything is differentiated, the forward
+# pass computes the gradient as well, and the tangent of the total is <gradient, tangents>. This
+# is linear in the tangents, so JAX transposes it for reverse mode, and it is made of operations
+# that JAX can differentiate, so derivatives of any order are exact. A `jax.custom_vjp` would be
+# shorter, but has no forward mode. The price: reverse mode over reverse mode stores the state
+# of each segment, and forward mode needs a step that has a reverse mode.
 #
 
-State = list[Array]  # the leaves of a state, `[batch, ...]`
+
+State = list[Array]  # the leaves of a state: of one sample, `[...]`, or of all, `[batch, ...]`
 Masks = dict[str, Array]  # the cuts that are arrays, by field
 
-
-class Levels(NamedTuple):
-    """Per-level arrays, `[num_steps, ...]`; for a single level, without that axis."""
-
-    weights: Array  # in the dtype of the loss
-    masks: Masks
-    inputs: list[Array]  # `[num_steps, batch, ...]`
+R = TypeVar("R")  # the result of a function
 
 
-# (closed_over, u_prev, masks_t, inputs_t) -> (u_next, loss)
-Step = Callable[[list[Array], State, Masks, list[Array]], tuple[State, Array]]
-LossAndAux = tuple[Array, tuple[Array, State]]
+class Step(NamedTuple):
+    """A step of a scan, and what is known about it."""
+
+    call: Callable[[list[Array], State, PyTree], tuple[State, Array]]  # of params, state, x
+    is_constant: list[bool]  # for each leaf of the state: whether it is returned as it is
+    term: Any  # the abstract value of a term: its dtype, and the mesh axes it varies over
+    makes_refs: bool  # whether it makes a `jax.Ref`, for which JAX has no custom rules
 
 
 class Loop(NamedTuple):
-    """All that is static about a rollout."""
+    """How a scan runs. All are numbers of steps."""
 
-    step: Step
-    is_constant: list[bool]  # for each leaf of a state: whether the step returns it as it is
-    segment_length: int  # number of steps after which the main chain is cut
-    checkpoint: int  # number of steps for which one state is stored; 0: no rematerialisation
-    unroll: int
+    segment_length: int  # after which the state is cut
+    checkpoint: int  # for which one state is stored; 0: all activations are
+    unroll: int  # in one iteration
 
 
-def _rollout(loop: Loop, closed_over: list[Array], u: State, levels: Levels) -> LossAndAux:
-    """The weighted sum of the losses; the losses `[num_steps]`, and the final state.
+class Levels(NamedTuple):
+    """What belongs to the steps, `[num_steps, ...]`; or to a single one, without that axis."""
 
-    A leaf that the step returns unchanged is not carried, or each step would store it.
-    With `checkpoint > 1`, the loop is one over blocks of `checkpoint` steps. Its backward pass
-    reads the state before each block, recomputes the states in it, and from each of them its
-    activations. It stores `num_steps / checkpoint + checkpoint` states.
+    weights: PyTree
+    xs: PyTree
+
+
+class Arrays(NamedTuple):
+    """What a scan reads."""
+
+    params: PyTree
+    state: PyTree  # the initial one
+    levels: Levels
+
+
+Marks = Arrays  # a bool for each array
+Gradient = Arrays  # `None` for each array that is not marked
+
+
+class Scanned(NamedTuple):
+    """What a scan returns."""
+
+    total: Float[Array, ""]
+    terms: Float[Array, " num_steps"]
+    state: State  # the final one
+
+
+class Sums(NamedTuple):
+    """What is carried from one segment to the next."""
+
+    state: State
+    total: Float[Array, ""]
+    excess: Float[Array, ""]  # by how much the total is too large, for the last rounding
+    params_grad: list[Array | None]
+
+
+def _segmented_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
+    """The scan, with the cheapest derivative that is exact."""
+    if loop.segment_length >= _length(arrays.levels):
+        return _plain_scan(step, loop, arrays)
+    if loop.segment_length == 1:
+        # Rematerialisation would save nothing: the backward pass of a step is next.
+        loop = loop._replace(checkpoint=0)
+    if step.makes_refs:
+        return _segments(step, loop, arrays)
+    return _streamed_scan(step, loop, arrays)
+
+
+def _plain_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
+    """`jax.lax.scan`, without a cut."""
+    params, state, levels = arrays
+    # What is constant is closed over. In the carry, it would be stored for each step.
+    constants, carry = _partition(state, step.is_constant)
+
+    def body(carry: PyTree, level: Levels) -> tuple[PyTree, Array]:
+        state, term = step.call(params, _combine(carry, constants), level.xs)
+        _, carry = _partition(state, step.is_constant)
+        return carry, term
+
+    if 1 < loop.checkpoint < _length(levels):
+        carry, terms = _scan_blocks(body, carry, levels, loop.checkpoint, loop.unroll)
+    else:
+        carry, terms = _scan(body, carry, levels, loop.unroll, remat=loop.checkpoint > 0)
+    return Scanned(_weighted_sum(levels, terms), terms, _combine(carry, constants))
+
+
+def _segment(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
+    """A plain scan over the steps of one segment, with the state cut at its end.
+
+    There is no other cut: value and gradient call this function, and derivatives of higher
+    order differentiate what it does.
     """
-    constants, carry = _partition(u, loop.is_constant)
-
-    def step(carry: PyTree, level: Levels) -> tuple[PyTree, Array]:
-        u = _combine(carry, constants)
-        u_next, loss = loop.step(closed_over, u, level.masks, level.inputs)
-        return _partition(u_next, loop.is_constant)[1], loss
-
-    block_length = loop.checkpoint if loop.checkpoint > 1 else len(levels.weights)
-    chunks, ys = _chunks(levels, block_length), []
-    for chunk in chunks:
-        num_blocks, length = chunk.weights.shape
-        block = partial(_scan, step, length=length, unroll=loop.unroll, remat=loop.checkpoint)
-        # A single last block needs none: its backward pass is next.
-        remat = num_blocks > 1 or chunk is not chunks[-1]
-        carry, y = _scan(block, carry, chunk, num_blocks, loop.unroll // block_length, remat)
-        ys.append(y)
-    losses = _merge(ys)
-    return jnp.sum(levels.weights * losses), (losses, _combine(carry, constants))
+    segment = _plain_scan(step, loop, arrays)
+    return segment._replace(state=_cut(segment.state, True))
 
 
-def _chunks(levels: Levels, length: int, first: int = 0) -> list[Any]:
-    """Chunks of blocks `[num_blocks, length, ...]`: `first` levels, the bulk, a remainder."""
-    num_steps = len(levels.weights)
-    last = num_steps - num_steps % length  # `first` is 0 or `length`
+def _segments(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
+    """One segment after the other.
 
-    def chunk(i: int, j: int) -> Any:
-        shape = max((j - i) // length, 1), min(j - i, length)
-        return jax.tree.map(lambda x: x[i:j].reshape(*shape, *x.shape[1:]), levels)
+    JAX differentiates this exactly, but stores the state before each segment.
+    """
+    params, state, levels = arrays
 
-    return [chunk(i, j) for i, j in pairwise(sorted({0, first, last, num_steps}))]
+    def body(state: State, piece: Levels) -> tuple[State, Array]:
+        segment = _segment(step, loop, Arrays(params, state, piece))
+        return segment.state, segment.terms
+
+    state, terms = _scan_pieces(body, state, levels, loop.segment_length, loop.unroll)
+    return Scanned(_weighted_sum(levels, terms), terms, state)
 
 
-def _merge(ys: list[PyTree]) -> PyTree:
-    """The inverse of `_chunks`, for what a loop returns for each level."""
-    return jax.tree.map(lambda *y: jnp.concatenate([jax.lax.collapse(x, 0, 2) for x in y]), *ys)
+def _segments_and_grad(
+    step: Step, loop: Loop, wrt: Marks, arrays: Arrays
+) -> tuple[Scanned, Gradient]:
+    """`_segments`, and the gradient of the total for the arrays that `wrt` marks."""
+    params, state, levels = arrays
+    accumulate = partial(_accumulate, step, loop, params)
+    variables, _ = _partition(params, wrt.params)
+    # The total varies over the axes of a mesh that a term or a weight varies over.
+    zero = _vary(jnp.zeros_like(levels.weights[0]), _varying_axes(step.term))
+    sums = Sums(state, zero, zero, jax.tree.map(jnp.zeros_like, variables))
+
+    by_level: list[PyTree] = []
+    state_grad: list[Array | None] = [None] * len(state)
+    if any(wrt.state):
+        # The gradient for the initial state comes from the first segment, which therefore stays
+        # outside of the loop: the others start from a state that is cut.
+        first, levels = _split(levels, loop.segment_length)
+        sums, first_by_level, state_grad = accumulate(wrt, sums, first)
+        by_level.append(first_by_level)
+        wrt = wrt._replace(state=[False] * len(state))
+
+    def body(sums: Sums, piece: Levels) -> tuple[Sums, PyTree]:
+        sums, by_level, _ = accumulate(wrt, sums, piece)
+        return sums, by_level
+
+    sums, rest_by_level = _scan_pieces(body, sums, levels, loop.segment_length, loop.unroll)
+    terms, levels_grad = _concatenate(*by_level, rest_by_level)
+    grad = Arrays(sums.params_grad, state_grad, levels_grad)
+    return Scanned(sums.total, terms, sums.state), grad
+
+
+def _accumulate(
+    step: Step,
+    loop: Loop,
+    params: list[Array],
+    wrt: Marks,
+    sums: Sums,
+    levels: Levels,
+) -> tuple[Sums, PyTree, list[Array | None]]:
+    """Advances by one segment, and adds its total and its gradient to the sums.
+
+    Also returns what there is for each level, a term and its gradient; and the gradient for the
+    state from which the segment starts.
+    """
+    levels = _depending_on(sums.total, levels)
+    variables, constants = _partition(Arrays(params, sums.state, levels), wrt)
+
+    def total_of_segment(variables: Arrays) -> tuple[Array, Scanned]:
+        segment = _segment(step, loop, _combine(variables, constants))
+        return segment.total, segment
+
+    (_, segment), grad = jax.value_and_grad(total_of_segment, has_aux=True)(variables)
+    total, excess = _add(sums.total, sums.excess, segment.total)
+    params_grad = jax.tree.map(jnp.add, sums.params_grad, grad.params)
+    sums = Sums(segment.state, total, excess, params_grad)
+    return sums, (segment.terms, grad.levels), grad.state
+
+
+_streamed_scan = jax.custom_jvp(_segments, nondiff_argnums=(0, 1))
+
+
+def _streamed_scan_jvp(
+    step: Step, loop: Loop, primals: tuple[Arrays], tangents: tuple[Arrays]
+) -> tuple[Scanned, Scanned]:
+    """The tangent of the total is <gradient, tangents>; nothing else has one."""
+    (wrt,), (dots,) = _perturbed(primals, tangents)
+    with _note(_hint):
+        program, structure = _trace(partial(_segments_and_grad, step, loop, wrt), *primals)
+    if _axes_of_collectives(program.jaxpr):
+        # The total of one member of a `vmap` or of a mesh depends on arrays of other members,
+        # and its tangent on their tangents. Or a mesh has one array for all members, whose
+        # gradient is a sum over the mesh: it does not tell the tangent of one member.
+        return _jvp(partial(_segments, step, loop), primals, tangents)
+    leaves = _evaluate(program, *jax.tree.leaves(primals))
+    scanned, grad = jax.tree.unflatten(structure, leaves)
+    # JAX's gradient of a complex variable is conjugated already, so this is not `jnp.vdot`; and
+    # `jnp.dot` would lose precision on an accelerator.
+    product = lambda x, dx: jnp.sum(_at_least_float32(x) * _at_least_float32(dx)).real
+    products = jax.tree.leaves(jax.tree.map(product, grad, dots))
+    total_dot = sum([x.astype(scanned.total.dtype) for x in products])
+    return scanned, jax.tree.map(zero_from_primal, scanned)._replace(total=total_dot)
+
+
+_streamed_scan.defjvp(_streamed_scan_jvp, symbolic_zeros=True)
+
+
+def _jvp(f: Callable[..., R], primals: PyTree, tangents: PyTree) -> tuple[R, R]:
+    """`jax.jvp`, where tangents may be symbolic zeros."""
+    wrt, dots = _perturbed(primals, tangents)
+    variables, constants = _partition(primals, wrt)
+    duals: tuple[R, R] = jax.jvp(lambda x: f(*_combine(x, constants)), (variables,), (dots,))
+    return duals
+
+
+def _perturbed(primals: PyTree, tangents: PyTree) -> tuple[Any, Any]:
+    """Which arrays have a tangent that is not zero; and these tangents, `None` for the rest."""
+    wrt = jax.tree.map(lambda dx: not isinstance(dx, SymbolicZero), tangents)
+    # A tangent may be a Python number.
+    dot = lambda x, dx, is_wrt: jnp.asarray(dx, x.dtype) if is_wrt else None
+    return wrt, jax.tree.map(dot, primals, tangents, wrt)
+
+
+def _trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
+    """The program of `f(*args)`, a closed jaxpr, and the structure of its result."""
+    program, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    return program, jax.tree.structure(shapes)
+
+
+def _run(program: Any, *leaves: Array) -> list[Array]:
+    return eval_jaxpr(program.jaxpr, program.consts, *leaves)
+
+
+# As a custom rule, a program is taken as it is where no tangent enters. Otherwise JAX would
+# trace its loops again to find that out, and forget what they rematerialise.
+_evaluate = jax.custom_jvp(_run, nondiff_argnums=(0,))
+_evaluate.defjvp(
+    lambda program, *duals: _jvp(partial(_run, program), *duals), symbolic_zeros=True
+)
+
+
+def _axes_of_collectives(jaxpr: Any) -> set[Hashable]:
+    """Names of the axes, bound outside of `jaxpr`, over which it exchanges data."""
+    found: set[Hashable] = set()
+    for equation in jaxpr.eqns:
+        within = set[Hashable]().union(*map(_axes_of_collectives, _inner_jaxprs(equation)))
+        found |= within - _bound_axes(equation)
+        if equation.primitive.name not in ("axis_index", "pvary"):
+            axes = equation.params.get("axes", equation.params.get("axis_name", ()))
+            axes = axes if isinstance(axes, tuple) else (axes,)
+            found |= {axis for axis in axes if not hasattr(axis, "__index__")}
+    return found
+
+
+def _inner_jaxprs(equation: Any) -> list[Any]:
+    leaves = jax.tree.leaves([*equation.params.values()])
+    jaxprs = [getattr(x, "jaxpr", x) for x in leaves]  # a closed jaxpr holds one
+    return [x for x in jaxprs if hasattr(x, "eqns")]
+
+
+def _depending_on(total: Array, levels: Levels) -> Levels:
+    """`levels` minus zero, an empty sum made from `total`, which XLA drops.
+
+    If the scan is part of a loop, JAX moves out of that loop what does not depend on its carry,
+    and stores it for each level: what depends on weights or inputs alone, for example.
+    """
+    zero = jnp.sum(jnp.broadcast_to(total, 0))
+
+    def tie(x: Array) -> Array:
+        is_tied = _is_inexact(x) and _varying_axes(x) == _varying_axes(zero)
+        return x - zero.astype(x.dtype) if is_tied else x
+
+    return Levels(levels.weights - zero, jax.tree.map(tie, levels.xs))
+
+
+def _add(total: Array, excess: Array, term: Array) -> tuple[Array, Array]:
+    """Kahan's sum: as accurate for many terms as for two. Also returns the new excess."""
+    term = term - excess
+    new_total = total + term
+    # Without limits, the excess of an infinite sum would be NaN, and so would be the next sum.
+    limit: Any = jnp.finfo(total.dtype).max  # type: ignore[no-untyped-call]
+    after, before, added = [jax.lax.clamp(-limit, x, limit) for x in (new_total, total, term)]
+    return new_total, jax.lax.stop_gradient((after - before) - added)
+
+
+def _weighted_sum(levels: Levels, terms: Array) -> Array:
+    return jnp.sum(levels.weights * terms.astype(levels.weights.dtype))
 
 
 def _scan(
-    step: Any, carry: PyTree, xs: PyTree, length: int, unroll: int, remat: int
-) -> tuple[PyTree, PyTree]:
+    body: Callable[..., Any], carry: PyTree, levels: Levels, unroll: int, *, remat: bool
+) -> tuple[Any, Any]:
     """`jax.lax.scan`, without a loop if one iteration does it all; `remat` recomputes steps."""
-    unroll = max(unroll, 1)
+    num_steps = _length(levels)
+    is_loop = unroll < num_steps
     if remat:
         # XLA cannot undo rematerialisation in a loop; without a loop, CSE would.
-        step = jax.checkpoint(step, prevent_cse=unroll >= length)
-    if unroll < length:
-        return jax.lax.scan(step, carry, xs, length, unroll=unroll)
-    ys = []
-    for t in range(length):
-        carry, y = step(carry, jax.tree.map(itemgetter(t), xs))
-        ys.append(y)
-    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+        body = jax.checkpoint(body, prevent_cse=not is_loop)
+    if is_loop:
+        return jax.lax.scan(body, carry, levels, unroll=unroll)
+    outputs = []
+    for t in range(num_steps):
+        carry, output = body(carry, jax.tree.map(itemgetter(t), levels))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+
+def _scan_blocks(
+    body: Callable[..., Any], carry: PyTree, levels: Levels, length: int, unroll: int
+) -> tuple[Any, Any]:
+    """A scan over blocks of `length` steps.
+
+    Its backward pass reads the state before a block, recomputes the states in the block, and
+    from each of them its activations: one state is stored for each block, and those of one.
+    """
+    block = partial(_scan, body, unroll=unroll, remat=True)
+    return _scan_pieces(block, carry, levels, length, unroll)
+
+
+def _scan_pieces(
+    body: Callable[..., Any], carry: PyTree, levels: Levels, length: int, unroll: int
+) -> tuple[Any, Any]:
+    """A scan over pieces of `length` levels, whose outputs are again by level.
+
+    Pieces are rematerialised, but not the shorter one that is left over at the end: its
+    backward pass is next.
+    """
+    num_pieces = _length(levels) // length
+    whole, rest = _split(levels, num_pieces * length)
+    outputs = []
+    if num_pieces > 0:
+        pieces = jax.tree.map(lambda x: x.reshape(num_pieces, length, *x.shape[1:]), whole)
+        carry, output = _scan(body, carry, pieces, max(unroll // length, 1), remat=True)
+        outputs.append(jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), output))
+    if _length(rest) > 0:
+        carry, output = body(carry, rest)
+        outputs.append(output)
+    return carry, _concatenate(*outputs)
+
+
+def _length(levels: Levels) -> int:
+    return len(levels.weights)
+
+
+def _split(levels: Levels, i: int) -> tuple[Any, Any]:
+    return jax.tree.map(lambda x: x[:i], levels), jax.tree.map(lambda x: x[i:], levels)
+
+
+def _concatenate(*trees: PyTree) -> Any:
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
+
+
+def _partition(tree: PyTree, where: PyTree[bool]) -> tuple[Any, Any]:
+    """The leaves where `where` is true, and the others; each with `None` for the rest."""
+    kept = jax.tree.map(lambda x, w: x if w else None, tree, where)
+    rest = jax.tree.map(lambda x, w: None if w else x, tree, where)
+    return kept, rest
+
+
+def _combine(tree: PyTree, others: PyTree) -> Any:
+    """The inverse of `_partition`."""
+    pick = lambda x, other: other if x is None else x
+    return jax.tree.map(pick, tree, others, is_leaf=lambda x: x is None)
 
 
 def _cut(u: State, where: bool | Array) -> State:
@@ -333,6 +640,75 @@ def _cut(u: State, where: bool | Array) -> State:
     if isinstance(where, bool):
         return jax.lax.stop_gradient(u) if where else u
     return [jnp.where(where, jax.lax.stop_gradient(x), x) for x in u]
+
+
+#
+# From closures to arrays
+#
+# A derivative rule has to see every array that may have a derivative, and a loop has to return
+# what it carries in the types in which it received it. But functions close over arrays, and
+# steppers promote. This section makes a `Step` of a function: what the function closed over
+# becomes the step's first argument, and the state comes back in the types in which it came. The
+# type of an array is its dtype; inside of a `jax.shard_map(check_vma=True)` also the axes of
+# the mesh over which the array varies; and on a mesh with explicit axes also its sharding.
+#
+
+
+def _hoist(
+    f: Callable[..., Any], state: State, weights: Array, xs: tuple[PyTree, PyTree]
+) -> tuple[Step, Arrays]:
+    """`f(state, *x) -> (state, term)` as a step, and the arrays of a scan over it.
+
+    What `f` closes over is in float32 if it was of half precision, so that its gradient is
+    summed in float32. (`jax.closure_convert` would miss integers and keys.)
+    """
+    program, state = _settle(f, state, jax.tree.map(itemgetter(0), xs))
+    if any(map(_is_ref, program.consts)):
+        raise TypeError("A jax.Ref cannot be closed over. Read it before: value = ref[...].")
+    closed_over = [*map(jnp.asarray, program.consts)]
+    params = [_at_least_float32(x) if _is_inexact(x) else x for x in closed_over]
+    # The step keeps their types, and a jaxpr without them: they may be tracers, and must not
+    # outlive their trace.
+    types, jaxpr = [v.aval for v in program.jaxpr.constvars], _without_consts(program.jaxpr)
+
+    def call(params: list[Array], state: State, x: PyTree) -> tuple[State, Array]:
+        consts = [*map(_cast, params, types)]
+        *next_state, term = eval_jaxpr(jaxpr, consts, *state, *jax.tree.leaves(x))
+        return [*map(_cast, map(_reshard, next_state, state), state)], term
+
+    *outputs, term = program.jaxpr.outvars
+    pairs = zip(outputs, program.jaxpr.invars, strict=False)
+    is_constant = [output is x for output, x in pairs]
+    step = Step(call, is_constant, term.aval, _makes_refs(jaxpr))
+    # Weights are in the dtype of the terms, or in a wider one of their own.
+    is_wider = _is_inexact(weights) and weights.dtype.itemsize > term.aval.dtype.itemsize
+    weights = weights if is_wider else weights.astype(term.aval.dtype)
+    return step, Arrays(params, state, Levels(weights, xs))
+
+
+def _settle(f: Callable[..., Any], state: State, x: tuple[PyTree, PyTree]) -> tuple[Any, State]:
+    """The program of `f`, a closed jaxpr, for `state` in types that `f` preserves."""
+    program: Any = jax.make_jaxpr(f)(state, *x)
+    # Shardings once: while dtypes can only become wider, a sharding may change at every step.
+    settled = [*map(_cast, map(_reshard, state, program.out_avals), program.out_avals)]
+    while not all(map(is_, settled, state)):
+        state = settled
+        program = jax.make_jaxpr(f)(state, *x)
+        settled = [*map(_cast, state, program.out_avals)]
+    return program, state
+
+
+def _makes_refs(jaxpr: Any) -> bool:
+    return any(
+        any(map(_is_ref, equation.outvars)) or any(map(_makes_refs, _inner_jaxprs(equation)))
+        for equation in jaxpr.eqns
+    )
+
+
+def _cast(x: Array, like: Any) -> Array:  # like an array, or an abstract value
+    """`x` in the dtype of `like`, and varying over its axes of a mesh."""
+    x = _vary(x, _varying_axes(like))
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
 def _at_least_float32(x: Array) -> Array:
@@ -343,339 +719,424 @@ def _is_inexact(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _partition(tree: PyTree, where: PyTree[bool]) -> tuple[PyTree, PyTree]:
-    """The leaves where `where` is true, and the others; each with `None` for the rest."""
-    kept = jax.tree.map(lambda x, w: x if w else None, tree, where)
-    rest = jax.tree.map(lambda x, w: None if w else x, tree, where)
-    return kept, rest
+#
+# What differs between versions of JAX
+#
 
 
-def _combine(tree: PyTree, others: PyTree) -> PyTree:
-    """The inverse of `_partition`."""
-    pick = lambda x, other: other if x is None else x
-    return jax.tree.map(pick, tree, others, is_leaf=lambda x: x is None)
+def _varying_axes(x: Any) -> frozenset[Hashable]:
+    """The axes of a `jax.shard_map` over which an array, or an abstract value, varies."""
+    aval = getattr(x, "aval", x)
+    vma = getattr(aval, "manual_axis_type", aval)  # from JAX 0.10 on
+    return frozenset(getattr(vma, "varying", getattr(vma, "vma", ())))  # none before JAX 0.6
 
 
-def _settle(advance: Callable[[State], State], u: State) -> State:
-    """`u`, cast until `advance` preserves its types, as the carry of a loop must be."""
-    settled = [*map(_cast, u, jax.make_jaxpr(advance)(u).out_avals)]
-    return u if all(map(is_, settled, u)) else _settle(advance, settled)
+def _vary(x: Array, axes: frozenset[Hashable]) -> Array:
+    missing = tuple(axes - _varying_axes(x))
+    if missing and hasattr(jax.lax, "pcast"):
+        x = jax.lax.pcast(x, missing, to="varying")
+    elif missing:  # before JAX 0.8
+        x = vars(jax.lax)["pvary"](x, missing)
+    return x
 
 
-def _cast(x: Array, like: Any) -> Array:
-    """`x` in the dtype of `like`, and varying over its `jax.shard_map` axes."""
-    axes = tuple(_varying_axes(like) - _varying_axes(x))
-    if axes:  # before JAX 0.8, `pcast` was `pvary`
-        pcast = getattr(jax.lax, "pcast", lambda x, axes, to: vars(jax.lax)["pvary"](x, axes))
-        x = pcast(x, axes, to="varying")
-    return x if x.dtype == like.dtype else x.astype(like.dtype)
+def _reshard(x: Array, like: Any) -> Array:
+    """`x` in the sharding of `like`: on a mesh with explicit axes, from JAX 0.7 on."""
+    sharding = getattr(getattr(like, "aval", like), "sharding", None)
+    if getattr(getattr(x, "aval", None), "sharding", sharding) != sharding:
+        x = vars(jax.sharding)["reshard"](x, sharding)
+    return x
 
 
-def _varying_axes(tree: PyTree) -> frozenset[Hashable]:
-    """The axes of a `jax.shard_map` over which any leaf varies; elsewhere none."""
-    avals = [getattr(x, "aval", x) for x in jax.tree.leaves(tree)]
-    types = [getattr(aval, "manual_axis_type", aval) for aval in avals]  # from JAX 0.10 on
-    return frozenset().union(*[getattr(t, "varying", getattr(t, "vma", ())) for t in types])
+def _bound_axes(equation: Any) -> set[Hashable]:
+    """The axes of a mesh that a `jax.shard_map` binds; for other equations none."""
+    if equation.primitive.name != "shard_map":
+        return set()
+    params = equation.params
+    all_axes = params["mesh"].axis_names
+    # The latter before JAX 0.10, and neither before JAX 0.7.
+    return {*params.get("newly_manual_axes", params.get("manual_axes", all_axes))}
 
 
-def _hoist(f: Any, u: State, *level: PyTree) -> tuple[Step, list[Array], list[bool], Any]:
-    """`f` as a `step` whose first argument is what `f` closes over; and those arrays.
+def _without_consts(jaxpr: Any) -> Any:
+    """From JAX 0.12 on, a jaxpr holds its constants."""
+    return jaxpr.replace(consts=[]) if hasattr(jaxpr, "consts") else jaxpr
 
-    The parameters become data, in float32 if they are of half precision, so that their gradient
-    is summed in it. `jax.closure_convert` would miss integers and keys. Also returns which
-    leaves of the state pass through unchanged, and the dtype of the loss.
+
+def _is_ref(x: Any) -> bool:
+    return type(getattr(x, "aval", None)).__name__ == "AbstractRef"
+
+
+#
+# Checks of arguments and of results, at trace time. If you trust both, stop here.
+#
+# A check of an argument returns what the code above works with: static values as those of
+# Python, arrays as strongly typed JAX arrays. An error says by name what was expected, and what
+# came instead.
+#
+
+Kinds = tuple[Any, ...]  # of dtypes
+REAL: Kinds = (jnp.floating, jnp.integer, jnp.bool)
+NUMBERS: Kinds = (*REAL, jnp.complexfloating)
+ANY: Kinds = (*NUMBERS, jax.dtypes.prng_key)
+Shapes = list[tuple[int, ...]]
+
+
+def _error(
+    kind: type[Exception], expected: str, x: object, *, got: str = "", why: str = ""
+) -> Exception:
+    return kind(f"{expected}, got {got or _describe(x)}. {why}".rstrip())
+
+
+def _not_static(kind: type[Exception], expected: str, x: object) -> Exception:
+    why = "It is traced: close over it, or make it static in jax.jit."
+    return _error(kind, expected, x, why=why if isinstance(x, Tracer) else "")
+
+
+def _check_bool(name: str, x: object) -> None:
+    if not isinstance(_to_python(x), bool):
+        raise _not_static(TypeError, f"{name} must be a static bool", x)
+
+
+def _check_int(name: str, x: object, *, kind: str = "a static int") -> int:
+    x = _to_python(x)
+    if not isinstance(x, int) or isinstance(x, bool):
+        raise _not_static(TypeError, f"{name} must be {kind}", x)
+    if not 1 <= x < 2**31:
+        raise _error(ValueError, f"{name} must be at least 1 and below 2**31", x)
+    return x
+
+
+def _check_bool_or_int(name: str, x: object, *, false: int, true: int) -> int:
+    """An int, or the one that a bool stands for."""
+    x = _to_python(x)
+    if isinstance(x, bool):
+        return true if x else false
+    return _check_int(name, x, kind="a static bool or a static int")
+
+
+def _check_callable(name: str, x: object) -> None:
+    if not callable(x):
+        raise _error(TypeError, f"{name} must be callable", x)
+
+
+def _check_axis_name(x: object) -> None:
+    if isinstance(x, tuple):
+        raise _error(TypeError, "axis_name must be one name, not a tuple of names", x)
+    try:
+        hash(x)
+    except TypeError:
+        raise _error(TypeError, "axis_name must be hashable", x) from None
+
+
+def _check_cuts(cuts: object, num_steps: int) -> tuple[int, dict[str, bool | Array], Masks]:
+    """The length of a segment; and what is cut at a level, by field: bools, and arrays.
+
+    A `bptt` that is an int becomes the length of a segment, and cuts at no level.
     """
-    closed: Any = jax.make_jaxpr(f)(u, *level)
-    if any(type(getattr(x, "aval", None)).__name__ == "AbstractRef" for x in closed.consts):
-        raise TypeError("A jax.Ref cannot be closed over. Read it before: value = ref[...].")
-    constants = map(jnp.asarray, closed.consts)
-    closed_over = [_at_least_float32(x) if _is_inexact(x) else x for x in constants]
-    types = [variable.aval for variable in closed.jaxpr.constvars]
-    pairs = zip(closed.jaxpr.outvars[:-1], closed.jaxpr.invars, strict=False)
-    # From JAX 0.12 on, a jaxpr holds its constants. They may be tracers, which must not leak.
-    jaxpr = closed.jaxpr.replace(consts=[]) if hasattr(closed.jaxpr, "consts") else closed.jaxpr
-
-    def step(closed_over: list[Array], *u_and_level: PyTree) -> tuple[State, Array]:
-        leaves = jax.tree.leaves(u_and_level)
-        *u_next, loss = eval_jaxpr(jaxpr, [*map(_cast, closed_over, types)], *leaves)
-        return u_next, loss
-
-    return step, closed_over, [out is x for out, x in pairs], closed.out_avals[-1].dtype
-
-
-#
-# The streaming gradient of a truncated rollout
-#
-# A static `bptt=k` divides the rollout into segments of `k` steps; no gradient crosses from one
-# into another. Differentiating a loop over all segments would nevertheless store all their
-# activations, because the loop runs forward to its end before it runs backward.
-#
-# But the loss and its gradient are sums over the segments, and can be accumulated while the
-# rollout advances: take value and gradient of one segment, add them to the sums, cut the state,
-# go on. Only the sums and one segment's activations are stored. The gradient for the initial
-# state is that of the first segment. The gradient for the arrays of a time level comes from the
-# segment of that level, so the loop over segments stacks it.
-#
-# The rule is a `jax.custom_jvp`. If anything is differentiated, the forward pass computes the
-# gradient as well, and the tangent of the loss is <gradient, tangents>: linear in the tangents,
-# so JAX transposes it for reverse mode, and made of operations that JAX can differentiate, so
-# derivatives of any order are exact. A `jax.custom_vjp` would be shorter, but has no forward
-# mode. The price: reverse mode over the rule stores the state of each segment, as does the
-# gradient for arrays that do not vary over an axis of a `jax.shard_map(check_vma=True)`.
-#
+    if not isinstance(cuts, Cuts):
+        raise _error(TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
+    segment_length = num_steps
+    bptt, prev, next = map(_to_python, cuts)
+    if isinstance(bptt, int):  # as every bool is
+        segment_length = _check_bool_or_int("cuts.bptt", bptt, false=num_steps, true=1)
+        bptt = False
+    static: dict[str, bool | Array] = {}
+    masks: Masks = {}
+    for field, cut in {"bptt": bptt, "prev": prev, "next": next}.items():
+        if isinstance(cut, bool):
+            static[field] = cut
+        else:
+            masks[field] = _check_mask(field, cut, num_steps)
+    return segment_length, static, masks
 
 
-def _streamed_rollout(loop: Loop, *arguments: Any) -> LossAndAux:
-    """`_rollout`, one segment after the other, cut after each; by itself without gradients."""
-    return _value_and_grad(loop, jax.tree.map(lambda _: False, arguments), *arguments)[0]
+def _check_mask(field: str, mask: object, num_steps: int) -> Bool[Array, " {num_steps}"]:
+    shape = f"[num_rollout_steps] = [{num_steps}]"
+    if field == "bptt":
+        shapes: Shapes = [(num_steps,)]
+        expected = f"a static bool, a static int or a bool array of shape {shape}"
+    else:
+        shapes = [(), (num_steps,)]
+        expected = f"a bool or a bool array of shape [] or {shape}"
+    expected = f"cuts.{field} must be {expected}"
+    if isinstance(mask, Tracer) and mask.shape not in shapes:
+        raise _not_static(ValueError, expected, mask)
+    array = _check_levels(expected, mask, shapes, (jnp.bool,))
+    return jnp.broadcast_to(array, num_steps)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _value_and_grad(
-    loop: Loop, wrt: PyTree[bool], closed_over: list[Array], u: State, levels: Levels
-) -> tuple[LossAndAux, PyTree]:
-    """The streamed rollout, and its gradient with respect to the arrays that `wrt` marks.
-
-    If the gradient of the initial state is wanted, the first segment is outside the loop.
-    """
-    wrt_closed_over, wrt_u, wrt_levels = wrt
-    levels = _depending_on((closed_over, u, levels), levels)
-    variables, _ = _partition(closed_over, wrt_closed_over)
-    carry = u, jax.tree.map(jnp.zeros_like, (levels.weights[0], variables))
-    k, ys = loop.segment_length, []
-    for chunk in _chunks(levels, k, first=k if any(wrt_u) else 0):
-        advance = partial(_advance, loop, (wrt_closed_over, wrt_u, wrt_levels), closed_over)
-        carry, y = _scan(advance, carry, chunk, len(chunk.weights), loop.unroll // k, True)
-        ys.append(y)
-        wrt_u = [False] * len(u)
-    u, (loss, grads) = carry
-    u_grads = jax.tree.map(itemgetter(0), ys[0][1])
-    losses, level_grads = _merge([(losses, level_grads) for losses, _, level_grads in ys])
-    return (loss, (losses, u)), (grads, u_grads, level_grads)
+def _check_weights(weights: object, num_steps: int) -> Real[Array, " {num_steps}"]:
+    if weights is None:
+        return jnp.ones(num_steps, jnp.float32)
+    expected = f"weights must be a real array of shape [num_rollout_steps] = [{num_steps}]"
+    return _check_levels(expected, weights, [(num_steps,)], REAL)
 
 
-def _advance(
-    loop: Loop, wrt: PyTree[bool], closed_over: list[Array], carry: PyTree, levels: Levels
-) -> tuple[PyTree, PyTree]:
-    """Advances the state and the sums of losses and gradients by one segment."""
-    u, sums = carry
-    variables, constants = _partition((closed_over, u, levels), wrt)
-    f = jax.value_and_grad(lambda x: _rollout(loop, *_combine(x, constants)), has_aux=True)
-    (loss, (losses, u_next)), (grads, u_grads, level_grads) = f(variables)
-    sums = jax.tree.map(jnp.add, sums, (loss, grads))
-    # Cut the state here too: higher-order derivatives differentiate this code.
-    return (_cut(u_next, True), sums), (losses, u_grads, level_grads)
+def _check_levels(expected: str, x: object, shapes: Shapes, kinds: Kinds) -> Array:
+    """An array, or what JAX makes one of, such as a list."""
+    array = _to_array(x, expected, kinds, also=(Sequence, Number))
+    if array.shape not in shapes:
+        raise _error(ValueError, expected, x, got=_describe(x if _is_array(x) else array))
+    return array
 
 
-def _value_and_grad_jvp(loop: Loop, wrt: PyTree[bool], primals: Any, tangents: Any) -> Any:
-    """The derivative of the value is <gradient, tangents>; that of a gradient is JAX's own.
-
-    The gradient calls `_value_and_grad` itself: JAX, linearising the rule, would trace a plain
-    loop a second time, only to find that no tangent enters it.
-    """
-    perturbed = jax.tree.map(lambda x: not isinstance(x, SymbolicZero), tangents)
-    variables, constants = _partition(primals, perturbed)
-    dots, _ = _partition(tangents, perturbed)
-    # A tangent may be a Python number.
-    dots = jax.tree.map(lambda x, dx: jnp.asarray(dx, x.dtype), variables, dots)
-    unvarying = {*map(_varying_axes, jax.tree.leaves(variables))} - {_varying_axes(primals)}
-    if any(jax.tree.leaves(wrt)) or unvarying:
-        # The gradient for what does not vary over an axis of a `shard_map` is a sum over that
-        # axis. A tangent of the local loss cannot be made from it.
-        f = partial(_value_and_grad.fun, loop, wrt)
-        return jax.jvp(lambda x: f(*_combine(x, constants)), (variables,), (dots,))
-    (loss, aux), grads = _value_and_grad(loop, perturbed, *primals)
-    # JAX's gradient of a complex variable is conjugated already, so this is not `jnp.vdot`; and
-    # `jnp.dot` would lose precision on an accelerator.
-    product = lambda x, dx: jnp.sum(_at_least_float32(x) * _at_least_float32(dx)).real
-    products = jax.tree.leaves(jax.tree.map(product, grads, dots))
-    loss_dot = sum([x.astype(loss.dtype) for x in products])
-    no_grads = jax.tree.map(lambda _: None, grads)
-    return ((loss, aux), no_grads), ((loss_dot, jax.tree.map(zero_from_primal, aux)), no_grads)
+def _check_data(data: PyTree, num_steps: int) -> list[Shaped[Array, "batch ..."]]:
+    """Snapshot 0."""
+    must = "must be an array of shape [batch, num_snapshots, ...], both at least 1"
+    arrays = []
+    for path, x in _leaves("data", data):
+        array = _to_array(x, f"{path} {must}", ANY, why=_if_list_of_samples(data))
+        if array.ndim < 2 or 0 in array.shape[:2]:
+            raise _error(ValueError, f"{path} {must}", x, why=_if_list_of_samples(data))
+        arrays.append(array)
+    _check_not_empty(ValueError, "data", data, arrays)
+    if len({x.shape[:2] for x in arrays}) > 1:
+        snapshots = {x.shape[1] for x in arrays}
+        is_series = len(snapshots) > 1 or num_steps in snapshots - {1}
+        why = "Only snapshot 0 is read: what changes in time belongs in inputs."
+        expected = "data must be arrays that agree on [batch, num_snapshots]"
+        raise _error(ValueError, expected, data, why=why if is_series else "")
+    return [jax.lax.index_in_dim(x, 0, axis=1, keepdims=False) for x in arrays]
 
 
-_value_and_grad.defjvp(_value_and_grad_jvp, symbolic_zeros=True)
+def _if_list_of_samples(data: PyTree) -> str:
+    is_list = isinstance(data, (list, tuple)) and len(data) > 1
+    if is_list and len({str(getattr(x, "shape", x)) for x in data}) == 1:
+        return "A list is read as separate fields: to batch samples, use jnp.stack."
+    return ""
 
 
-def _depending_on(tree: PyTree, levels: Levels) -> Any:
-    """`levels` minus a zero made from `tree`, an empty sum, which XLA drops.
-
-    If the rollout is part of a loop, JAX moves out of that loop what does not depend on its
-    carry, and stores it for each time level: the part of a cotangent that depends on the
-    weights alone, for example. (`optimization_barrier` has no `vmap` in JAX 0.4.)
-    """
-    zero: Any = sum([jnp.any(x != x)[None][:0].sum() for x in jax.tree.leaves(tree)])
-    weights, axes = levels.weights - zero.astype(levels.weights.dtype), _varying_axes(zero)
-    tie = lambda x: (
-        x - zero.astype(x.dtype) if _is_inexact(x) and axes == _varying_axes(x) else x
-    )
-    return levels._replace(weights=weights, inputs=[*map(tie, levels.inputs)])
+def _how_data_was_read(data: PyTree) -> str:
+    batch, num_snapshots = jax.tree.leaves(data)[0].shape[:2]
+    sample = _describe(data, skip_axes=2)
+    read = f"data: batch {batch}, num_snapshots {num_snapshots}, one sample {sample}."
+    return f"{_if_list_of_samples(data)} {read}".lstrip()
 
 
-#
-# Validation and conversion of the arguments, at trace time. If you trust them, stop here.
-#
-
-REAL = (jnp.floating, jnp.integer, jnp.bool)
-KINDS = (*REAL, jnp.complexfloating, jax.dtypes.prng_key)
-
-
-def _check(ok: bool, error: Any, expected: str, x: Any, why: str = "", got: str = "") -> None:
-    if not ok:
-        if isinstance(x, Tracer) and "static" in expected:
-            why = " It is traced: close over it, or make it static in jax.jit."
-        raise error(f"{expected}, got {got or _describe(_scalar(x))}.{why}")
-
-
-def _check_int(name: str, x: Any, bools: dict[bool, int] | None = None) -> Any:
-    """Returns `x`, or what it stands for if it is one of `bools`."""
-    value = _scalar(x)
-    if bools and isinstance(value, bool):
-        return bools[value]
-    kind = "a static bool or a static int" if bools else "a static int"
-    _check(type(value) is int, TypeError, f"{name} must be {kind}", value)
-    _check(1 <= value < 2**31, ValueError, f"{name} must be at least 1 and below 2**31", value)
-    return value
-
-
-def _check_cuts(cuts: Any, num_steps: int) -> tuple[Any, Masks, int]:
-    """Returns the cuts, of which the masks override some, the masks, and the segment length."""
-    _check(isinstance(cuts, Cuts), TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
-    static, masks, k = Cuts(*map(_scalar, cuts)), dict[str, Array](), num_steps
-    if isinstance(static.bptt, int):
-        k = min(_check_int("cuts.bptt", static.bptt, {True: 1, False: num_steps}), num_steps)
-        static = static._replace(bptt=False)
-    for field, cut in static._asdict().items():
-        if not isinstance(cut, bool):
-            kind = "a bool or" if field != "bptt" else "a static bool, a static int or"
-            expected = f"cuts.{field} must be {kind} a bool array"
-            masks[field] = _check_levels(expected, cut, (jnp.bool,), num_steps, field != "bptt")
-    return static, masks, k
-
-
-def _check_levels(what: str, x: Any, kinds: Any, num_steps: int, scalar: bool = False) -> Array:
-    what += f" of shape {'[] or ' * scalar}[num_rollout_steps] = [{num_steps}]"
-    fits = lambda shape: shape == (num_steps,) or (scalar and shape == ())
-    return jnp.broadcast_to(_array(what, x, fits, kinds, (Sequence, Number)), num_steps)
-
-
-def _check_data(data: Any, num_steps: int) -> tuple[State, Any, str]:
-    """Returns snapshot 0, the function from leaves to a state, and how the data was read."""
-    shapes = {str(getattr(x, "shape", x)) for x in data} if type(data) in (list, tuple) else ()
-    is_list = len(shapes) == 1 < len(data)
-    hint = " (data is a list of fields; of samples make one array, by jnp.stack)" * is_list
-    expected = f"must be an array of shape [batch, num_snapshots, ...], both at least 1{hint}"
-    arrays = _check_tree("data", data, expected, lambda s: len(s) >= 2 and 0 not in s[:2])
-    batches, snapshots = ({x.shape[axis] for x in arrays} for axis in (0, 1))
-    is_series = len(snapshots) > 1 or num_steps in snapshots - {1}
-    why = " Only snapshot 0 is read: what changes in time belongs in inputs." * is_series
-    expected = "data must be arrays that agree on [batch, num_snapshots]"
-    _check(len(batches) == len(snapshots) == 1, ValueError, expected, data, why)
-    u_0 = [jax.lax.index_in_dim(x, 0, axis=1, keepdims=False) for x in arrays]
-    (batch, length), sample = arrays[0].shape[:2], _describe(data, skip=2)
-    read = f"data: batch {batch}, num_snapshots {length}, one sample {sample}{hint}."
-    return u_0, partial(jax.tree.unflatten, jax.tree.structure(data)), read
-
-
-def _check_inputs(inputs: Any, batch: int, num_steps: int) -> tuple[list[Array], Any]:
-    """Returns the leaves, time first; and a function from those of a level to arguments."""
+def _check_inputs(
+    inputs: PyTree, batch: int, num_steps: int
+) -> tuple[list[Shaped[Array, "{num_steps} ..."]], Callable[[list[Array]], dict[str, PyTree]]]:
+    """The leaves, time first; and a function from those of a sample and level to keywords."""
     if inputs is None:
-        return [], lambda _: ()
+        return [], lambda _: {}
     must = f"must be an array [batch, num_rollout_steps, ...] = [{batch}, {num_steps}, ...]"
-    arrays = _check_tree("inputs", inputs, must, lambda s: s[:2] == (batch, num_steps))
-    to_arguments = partial(jax.tree.unflatten, jax.tree.structure((inputs,)))
-    return [jnp.swapaxes(x, 0, 1) for x in arrays], to_arguments
+    arrays = []
+    for path, x in _leaves("inputs", inputs):
+        array = _to_array(x, f"{path} {must}", ANY)
+        if array.shape[:2] != (batch, num_steps):
+            why = _why_inputs_do_not_fit(inputs, array.shape, batch, num_steps)
+            raise _error(ValueError, f"{path} {must}", x, why=why)
+        arrays.append(array)
+    _check_not_empty(ValueError, "inputs", inputs, arrays)
+    # Keys as their data, since `jax.debug_key_reuse` takes even a transposition for a use.
+    impls = [jax.random.key_impl(x) if _is_key(x) else None for x in arrays]
+    arrays = [jax.random.key_data(x) if _is_key(x) else x for x in arrays]
+
+    def to_keywords(inputs_t: list[Array]) -> dict[str, PyTree]:
+        leaves = [
+            x if impl is None else jax.random.wrap_key_data(x, impl=impl)
+            for x, impl in zip(inputs_t, impls, strict=True)
+        ]
+        return {"inputs_t": jax.tree.unflatten(jax.tree.structure(inputs), leaves)}
+
+    return [jnp.swapaxes(x, 0, 1) for x in arrays], to_keywords
 
 
-def _check_tree(name: str, tree: Any, must: str, fits: Any, also: Any = ()) -> list[Array]:
-    arrays = [_array(f"{path} {must}", x, fits, KINDS, also) for path, x in _leaves(name, tree)]
-    error, has_entries = (TypeError if also else ValueError), any(x.size for x in arrays)
-    _check(has_entries, error, f"{name} must hold at least one array with entries", tree)
+def _why_inputs_do_not_fit(
+    inputs: PyTree, shape: tuple[int, ...], batch: int, num_steps: int
+) -> str:
+    if isinstance(inputs, (list, tuple)) and len(inputs) == num_steps > 1:
+        return "A list is read as separate fields: to stack steps, use jnp.stack(..., axis=1)."
+    if shape[:2] == (num_steps, batch):
+        return "If time comes first, swap the axes: jnp.swapaxes(x, 0, 1)."
+    if num_steps == 1 and shape[:1] == (batch,) and len(shape) > 1:
+        return "num_rollout_steps is 1, unless you pass it."
+    return ""
+
+
+def _check_next_state(u_next: PyTree, *, u_prev: PyTree) -> State:
+    """The leaves, which may be wider than those of `u_prev`, and may be Python numbers."""
+    structure: Any = jax.tree.structure(u_prev)
+    if jax.tree.structure(u_next) != structure:
+        what = "only the next state" if type(u_next) is tuple else "a state"
+        like = f"with the structure of its input, {_describe(u_prev)}"
+        raise _error(TypeError, f"stepper must return {what} {like}", u_next)
+    arrays = []
+    pairs = zip(_leaves("stepper(...)", u_next), _leaves("", u_prev), strict=True)
+    for (path, next), (field, prev) in pairs:
+        array = _to_array(next, f"{path} must be an array", ANY, also=(Number,))
+        if array.shape == prev.shape and _holds(array, prev):
+            arrays.append(array)
+            continue
+        if array.shape == prev.shape and _is_inexact(array) and _kind(prev) in REAL[1:]:
+            floats = (
+                f"data{field} must be floating point, as stepper returns {_describe(array)}"
+            )
+            raise _error(TypeError, floats, prev)
+        like = f"u_prev{field} is {_describe(prev)}"
+        raise _error(TypeError, f"stepper must return a state like its input: {like}", array)
     return arrays
 
 
-def _array(expected: str, x: Any, fits: Any, kinds: Any, also: Any) -> Any:
-    """Returns `x`, an array or of a type of `also`, as a strongly typed JAX array."""
-    array: Any = None
-    why = ""
-    if _kind(x) or isinstance(x, also):
-        try:
-            array = jnp.asarray(x)
-        except (TypeError, ValueError, OverflowError) as error:
-            why = f" JAX has no {x.dtype}." if _kind(x) else f" {str(error).rstrip('.')}."
-    _check(_kind(array) in kinds, TypeError, expected, x, why)
-    misfit = TypeError if also is Number else ValueError  # of a result; of an argument
-    _check(fits(array.shape), misfit, expected, x, got=_describe(x if _kind(x) else array))
+def _holds(next: Array, prev: Array) -> bool:
+    """Whether `next` is of the dtype of `prev`, or of a wider one of its kind."""
+    is_wider = next.dtype.itemsize > prev.dtype.itemsize and _kind(next) == _kind(prev)
+    return next.dtype == prev.dtype or is_wider
+
+
+def _check_residuum(residuum: PyTree, name: str = "residuum_fn(...)") -> PyTree:
+    _residuum_leaves(residuum, name)
+    return residuum
+
+
+def _residuum_leaves(residuum: PyTree, name: str) -> list[Array]:
+    """The leaves, which may be Python numbers."""
+    expected = "must be a real or complex array"
+    arrays = [
+        _to_array(x, f"{path} {expected}", NUMBERS, also=(Number,))
+        for path, x in _leaves(name, residuum)
+    ]
+    _check_not_empty(TypeError, name, residuum, arrays)
+    return arrays
+
+
+def _check_loss(loss: object) -> Real[Array, ""]:
+    expected = "time_level_loss must return a real scalar"
+    array = _to_array(loss, expected, (jnp.floating, jnp.integer), also=(Number,))
+    if array.shape != ():
+        raise _error(TypeError, expected, loss)
+    return array
+
+
+def _check_not_empty(
+    kind: type[Exception], name: str, tree: PyTree, arrays: list[Array]
+) -> None:
+    if not any(x.size for x in arrays):
+        raise _error(kind, f"{name} must hold at least one array with entries", tree)
+
+
+def _call(
+    data: PyTree,
+    axis_name: Hashable,
+    name: str,
+    f: Callable[..., PyTree],
+    check: Callable[[PyTree], R],
+    **arguments: PyTree,
+) -> R:
+    """Calls one of the user's functions, by position, and checks its result.
+
+    An error gets notes: what the function was called with, and how `data` was read.
+    """
+
+    def how_it_was_called(error: Exception) -> str:
+        call = ", ".join(_describe(x, path) for path, x in arguments.items())
+        return f"Raised when {name} was called on one sample: {name}({call})."
+
+    def if_on_a_mesh(error: Exception) -> str:
+        axes = frozenset[Hashable]().union(*map(_varying_axes, jax.tree.leaves(arguments)))
+        is_named = axis_name is not None and axes - {axis_name}
+        return "Collectives over axis_name need jax.shard_map(check_vma=False)." * bool(
+            is_named
+        )
+
+    with _note(lambda _: _how_data_was_read(data)):
+        with _note(how_it_was_called), _note(_hint), _note(if_on_a_mesh):
+            # Copies, since an Equinox `State` can be read only once.
+            result = f(*jax.tree.map(lambda x: x, [*arguments.values()]))
+        return check(result)
+
+
+@contextmanager
+def _note(text: Callable[[Exception], str]) -> Iterator[None]:
+    """Adds a note to an error that is raised inside, unless its text is empty."""
+    try:
+        yield
+    except Exception as error:
+        if note := text(error):
+            error.add_note(note)
+        raise
+
+
+def _hint(error: Exception) -> str:
+    """What to do about an error that JAX or Flax raises in terms of their own."""
+    message = f"{type(error).__name__}: {error}"
+    if found := re.search(r"unbound axis name: ([\w-]+)", message):
+        batch = f'If it is that of the batch, pass axis_name="{found[1]}" to residuum_loss'
+        return f"{batch}, see 'Batch statistics' in the documentation."
+    if "TraceContextError" in message:
+        topic = "Dropout" if "Rng" in message else "Batch statistics"
+        return f"For NNX modules that change themselves, see '{topic}' in the documentation."
+    if "Reverse-mode differentiation does not work" in message:
+        return (
+            "With a static cuts.bptt, forward mode needs reverse mode as well. With an array, "
+            "cuts=Cuts(bptt=np.ones(num_rollout_steps, bool)), it does not."
+        )
+    return ""
+
+
+def _to_array(
+    x: object, expected: str, kinds: Kinds, *, also: tuple[type, ...] = (), why: str = ""
+) -> Array:
+    """`x`, an array or of a type of `also`, as a strongly typed JAX array."""
+    if not _is_array(x) and not isinstance(x, also):
+        raise _error(TypeError, expected, x, why=_if_sparse(x) or why)
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _error(TypeError, expected, x, why=_why_not_an_array(x, error)) from None
+    if _kind(array) not in kinds:
+        raise _error(TypeError, expected, x)
     return jnp.asarray(array, array.dtype)
 
 
-def _checked(read: str, axis_name: Any, name: str, f: Any, check: Any, *names: str) -> Any:
-    """One of the user's functions, with its result checked and notes on what it raises."""
-    _check(callable(f), TypeError, f"{name} must be callable", f)
-
-    def checked(*args: Any) -> Any:
-        call = ", ".join(map(_describe, args, (*names, "inputs_t")))
-        notes = [f"Raised when {name} was called on one sample: {name}({call})."]
-        try:
-            # A copy, since an Equinox `State` can be read only once.
-            result = f(*jax.tree.map(lambda x: x, args))
-            notes = []
-            return check(result, *args)
-        except Exception as error:
-            if "axis name" in str(error) or "TraceContextError" in repr(error):
-                notes.append("For axis_name or NNX, see 'Batch statistics' in the docs.")
-            if axis_name is not None and _varying_axes(args) - {axis_name}:
-                notes.append("Collectives over axis_name need jax.shard_map(check_vma=False).")
-            for note in [*notes, read]:
-                error.add_note(note)
-            raise
-
-    return checked
+def _why_not_an_array(x: Any, error: Exception) -> str:
+    if hasattr(x, "filled"):
+        return "It is a masked array: fill it, x.filled(value)."
+    return f"JAX has no {x.dtype}." if _is_array(x) else f"{str(error).rstrip('.')}."
 
 
-def _check_next(u_next: Any, u_prev: Any, *_: Any) -> State:
-    what = "the next state only, and that" if type(u_next) is tuple else "a state"
-    expected = f"stepper must return {what} of the structure of its input, {_describe(u_prev)}"
-    structures: list[Any] = [jax.tree.structure(u) for u in (u_prev, u_next)]
-    _check(structures[0] == structures[1], TypeError, expected, u_next)
-    arrays = _check_tree("stepper(...)", u_next, "must be an array", lambda _: True, Number)
-    for (path, prev), next in zip(_leaves("u_prev", u_prev), arrays, strict=True):
-        is_wider = next.dtype.itemsize > prev.dtype.itemsize and _kind(next) == _kind(prev)
-        fits = prev.shape == next.shape and (prev.dtype == next.dtype or is_wider)
-        expected = f"stepper must return a state like its input: {path} is {_describe(prev)}"
-        _check(fits, TypeError, expected, next)
-    return arrays
+def _is_sparse(x: object) -> bool:
+    return type(x).__module__.startswith(("jax.experimental.sparse", "scipy.sparse"))
 
 
-def _check_residual(r: Any, *_: Any) -> Any:
-    _check_tree("residuum_fn(...)", r, "must be an array", lambda _: True, Number)
-    return r
+def _if_sparse(x: object) -> str:
+    advice = (
+        "Pass the values of a sparse matrix, close over its indices, and rebuild it inside."
+    )
+    return advice if _is_sparse(x) else ""
 
 
-def _check_loss(loss: Any, *_: Any) -> Any:
-    expected = "time_level_loss must return a real scalar"
-    return _array(expected, loss, lambda shape: shape == (), REAL[:2], Number)
-
-
-def _leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
+def _leaves(name: str, tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves and their paths. A sparse matrix counts as one, to be refused."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_sparse)
     return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
 
 
-def _scalar(x: Any) -> Any:
+def _to_python(x: object) -> object:
     """A NumPy scalar as a Python scalar; anything else as it is."""
     return x.item() if isinstance(x, jnp.generic) else x
 
 
+def _is_array(x: Any) -> bool:
+    return _kind(x) is not None
+
+
+def _is_key(x: Array) -> bool:
+    return _kind(x) is jax.dtypes.prng_key
+
+
 def _kind(x: Any) -> Any:
     """The kind of an array's dtype; `None` if `x` is no array."""
-    is_array = isinstance(x, (jax.Array, *get_args(ArrayLike))) and hasattr(x, "dtype")
-    return next((kind for kind in KINDS if is_array and jnp.issubdtype(x.dtype, kind)), None)
+    if not isinstance(x, (jax.Array, *get_args(ArrayLike))) or not hasattr(x, "dtype"):
+        return None
+    return next((kind for kind in ANY if jnp.issubdtype(x.dtype, kind)), None)
 
 
-def _describe(x: Any, name: str = "", skip: int = 0) -> str:
+def _describe(x: Any, name: str = "", *, skip_axes: int = 0) -> str:
+    """Dtypes and shapes of the arrays in a PyTree; of anything else the value and the type."""
     leaves = _leaves(name, x)
-    if not leaves or not all(_kind(leaf) for _, leaf in leaves):
-        return f"{reprlib.repr(x)} of type {type(x).__name__}"
-    shapes = [f"{path} {x.dtype}{list(x.shape[skip:])}".strip() for path, x in leaves]
+    if not leaves or not all(_is_array(leaf) for _, leaf in leaves):
+        return f"{reprlib.repr(_to_python(x))} of type {type(_to_python(x)).__name__}"
+    shapes = [f"{path} {x.dtype}{list(x.shape[skip_axes:])}".strip() for path, x in leaves]
     return ", ".join(shapes[:8] + ["..."] * (len(shapes) > 8))
