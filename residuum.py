@@ -289,7 +289,7 @@ class Step(NamedTuple):
     call: Callable[[list[Array], State, PyTree], tuple[State, Array]]  # of params, state, x
     is_constant: list[bool]  # for each leaf of the state: whether it is returned as it is
     term: Any  # the abstract value of a term: its dtype, and the mesh axes it varies over
-    makes_refs: bool  # whether it makes a `jax.Ref`, for which JAX has no custom rules
+    is_isolated: bool  # whether it exchanges no data with other members, and makes no `jax.Ref`
 
 
 class Loop(NamedTuple):
@@ -343,9 +343,9 @@ def _segmented_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
     if loop.segment_length == 1:
         # Rematerialisation would save nothing: the backward pass of a step is next.
         loop = loop._replace(checkpoint=0)
-    if step.makes_refs:
-        return _segments(step, loop, arrays)
-    return _streamed_scan(step, loop, arrays)
+    if step.is_isolated:
+        return _streamed_scan(step, loop, arrays)
+    return _segments(step, loop, arrays)
 
 
 def _plain_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
@@ -455,15 +455,19 @@ _streamed_scan = jax.custom_jvp(_segments, nondiff_argnums=(0, 1))
 def _streamed_scan_jvp(
     step: Step, loop: Loop, primals: tuple[Arrays], tangents: tuple[Arrays]
 ) -> tuple[Scanned, Scanned]:
-    """The tangent of the total is <gradient, tangents>; nothing else has one."""
+    """The tangent of the total is <gradient, tangents>; nothing else has one.
+
+    This does not hold if the total depends on arrays of other members, those of a `vmap` or of
+    a mesh with which a step exchanges data: the gradient is by the own arrays alone. Such a
+    step does not get here, unless it exchanges cotangents only. Two kinds do: a custom rule
+    with a collective, and an array that is the same for all members of a
+    `jax.shard_map(check_vma=True)`, since its gradient is a sum over the mesh.
+    """
     (wrt,), (dots,) = _perturbed(primals, tangents)
     with _note(_hint):
         program, structure = _trace(partial(_segments_and_grad, step, loop, wrt), *primals)
-    if _axes_of_collectives(program.jaxpr):
-        # The total of one member of a `vmap` or of a mesh depends on arrays of other members,
-        # and its tangent on their tangents. Or a mesh has one array for all members, whose
-        # gradient is a sum over the mesh: it does not tell the tangent of one member.
-        return _jvp(partial(_segments, step, loop), primals, tangents)
+        if _axes_of_collectives(program.jaxpr):
+            return _jvp(partial(_segments, step, loop), primals, tangents)
     leaves = _evaluate(program, *jax.tree.leaves(primals))
     scanned, grad = jax.tree.unflatten(structure, leaves)
     # JAX's gradient of a complex variable is conjugated already, so this is not `jnp.vdot`; and
@@ -679,7 +683,8 @@ def _hoist(
     *outputs, term = program.jaxpr.outvars
     pairs = zip(outputs, program.jaxpr.invars, strict=False)
     is_constant = [output is x for output, x in pairs]
-    step = Step(call, is_constant, term.aval, _makes_refs(jaxpr))
+    is_isolated = not _axes_of_collectives(jaxpr) and not _makes_refs(jaxpr)
+    step = Step(call, is_constant, term.aval, is_isolated)
     # Weights are in the dtype of the terms, or in a wider one of their own.
     is_wider = _is_inexact(weights) and weights.dtype.itemsize > term.aval.dtype.itemsize
     weights = weights if is_wider else weights.astype(term.aval.dtype)
@@ -1067,10 +1072,11 @@ def _hint(error: Exception) -> str:
     if "TraceContextError" in message:
         topic = "Dropout" if "Rng" in message else "Batch statistics"
         return f"For NNX modules that change themselves, see '{topic}' in the documentation."
-    if "Reverse-mode differentiation does not work" in message:
+    if "Reverse-mode differentiation does not work" in message or "to a custom_vjp" in message:
         return (
-            "With a static cuts.bptt, forward mode needs reverse mode as well. With an array, "
-            "cuts=Cuts(bptt=np.ones(num_rollout_steps, bool)), it does not."
+            "With a static cuts.bptt, forward mode needs reverse mode as well, and collectives "
+            "in a backward pass need forward mode. With an array, neither is the case: "
+            "cuts=Cuts(bptt=np.ones(num_rollout_steps, bool))."
         )
     return ""
 

@@ -20,11 +20,12 @@ COLUMNS = {  # of the figure, and their units
     "temp_bytes": ("temporary memory", "B"),
     "step_s": ("run time per step", "s"),
 }
-BASELINES = ("trainax", "scan", "equinox", "torch", "torch.compile", "limit")
+BASELINES = ("trainax", "scan", "segments", "equinox", "torch", "torch.compile", "limit")
 # Okabe and Ito, colour-blind safe; ours is the thick line.
 STYLES = {
     "trainax": dict(color="#D55E00"),
     "scan": dict(color="#009E73"),
+    "segments": dict(color="#E69F00"),
     "equinox": dict(color="#CC79A7"),
     "torch": dict(color="#777777"),
     "torch.compile": dict(color="#777777"),

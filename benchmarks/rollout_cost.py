@@ -13,7 +13,10 @@ residuum and the baselines, as the column `baseline` of the CSV file names them:
   convolutions on a CPU;
 - `trainax`: `trainax.configuration.Residuum`, a Python loop;
 - `scan`: a `jax.lax.scan` as one writes it by hand, with `stop_gradient` under a mask;
-- `equinox`: the same with `equinox.internal.scan(kind="checkpointed")`;
+- `segments`: what one writes by hand to save memory, a scan over segments, each of which is a
+  `jax.checkpoint` of a scan over its steps and ends in `stop_gradient`. Where nothing is cut,
+  they are as long as the blocks of `checkpoint=k`, or of one step;
+- `equinox`: as `scan`, but with `equinox.internal.scan(kind="checkpointed")`;
 - `torch`: eager PyTorch with a `backward()` for each segment, if it is installed;
 - `torch.compile`: the same with the time step, i.e., network and residuum, compiled, without
   what earlier runs left in its caches. Its compile time is that of the first call less a later
@@ -49,11 +52,14 @@ What this shows on two CPU cores:
 
     python benchmarks/rollout_cost.py            everything, about 45 minutes on two cores
     python benchmarks/rollout_cost.py --quick    a selection, a minute (PyTorch: one more)
+    python benchmarks/rollout_cost.py --baselines residuum scan segments
+                                                 these anew, and the other rows as they were
     python benchmarks/draw.py                    the figure and the tables from the CSV file
 """
 
 import argparse
 import collections
+import functools
 import os
 import pathlib
 import random
@@ -67,7 +73,6 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pdequinox
 import study  # makes the examples importable
 import trainax
 from canonical_convolutions import canonical_convolutions
@@ -85,6 +90,8 @@ except ImportError:
     torch = None
 
 
+BASELINES = ("residuum", "trainax", "scan", "segments", "equinox")
+BASELINES += ("torch", "torch.compile", "limit")
 BATCH_SIZE = 16
 NUM_POINTS = 128  # in 1D; 32² in 2D
 CUTS = {"no cut": False, "bptt=1": 1, "bptt=5": 5}
@@ -186,6 +193,12 @@ class FNO(eqx.Module):
         return u + self.project(hidden)
 
 
+def unet(key):
+    import pdequinox  # which is installed for the benchmarks, and not for their tests
+
+    return pdequinox.arch.ClassicUNet(1, 1, 1, hidden_channels=8, key=key)
+
+
 def make_problems(names):
     key = jax.random.key(0)
     networks = {
@@ -193,7 +206,7 @@ def make_problems(names):
         "FNO": lambda: FNO(key),
         "conv 1D": lambda: ConvNet(key, 1),
         "conv 2D": lambda: ConvNet(key, 2),
-        "U-Net": lambda: pdequinox.arch.ClassicUNet(1, 1, 1, hidden_channels=8, key=key),
+        "U-Net": lambda: unet(key),
     }
     for name in names:
         shape = (32, 32) if name == "conv 2D" else (NUM_POINTS,)
@@ -244,6 +257,28 @@ def scan_baseline(scan):
     return loss
 
 
+def segments_loss(stepper, data, num_steps, k):
+    def step(u_prev, _):
+        u_next = jax.vmap(stepper)(u_prev)
+        return u_next, jnp.mean(heat_residuum(u_next, u_prev) ** 2)
+
+    def segment_of(length):
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def segment(u, _):
+            u, losses = jax.lax.scan(step, u, length=length)
+            return u if k is False else jax.lax.stop_gradient(u), jnp.sum(losses)
+
+        return segment
+
+    length = k or CHECKPOINT_EVERY.get(num_steps, 1)
+    num_segments, remainder = divmod(num_steps, length)
+    u, losses = jax.lax.scan(segment_of(length), data[:, 0], length=num_segments)
+    loss = jnp.sum(losses)
+    if remainder:
+        loss += segment_of(remainder)(u, None)[1]
+    return loss
+
+
 def equinox_scan(step, init, xs):
     return eqxi.scan(step, init, xs, kind="checkpointed")
 
@@ -264,6 +299,7 @@ def select_baselines(network_name, cut_name, num_steps, derivative):
     if num_steps <= MAX_PYTHON_LOOP[network_name]:
         baselines["trainax"] = trainax_loss
     baselines["scan"] = scan_baseline(jax.lax.scan)
+    baselines["segments"] = segments_loss
     if derivative != "forward":
         baselines["equinox"] = scan_baseline(equinox_scan)
 
@@ -409,8 +445,10 @@ def flatten(value):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(value)])
 
 
-def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds, step_s):
-    """A row of the table for residuum with each choice of options and for each baseline.
+def measure(
+    name, network, data, cut_name, num_steps, derivative, baselines, limit, seconds, step_s
+):
+    """A row of the table for each of `baselines`, and for each choice of residuum's options.
 
     `step_s` has their run times for each time step, from the shorter rollouts; that of this
     rollout is added.
@@ -420,6 +458,8 @@ def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds
     for baseline, (loss, transform) in select_baselines(
         name, cut_name, num_steps, derivative
     ).items():
+        if baseline.split(",")[0] not in baselines:
+            continue
         program, rows[baseline] = compile_baseline(
             loss, network, data, num_steps, k, derivative, transform
         )
@@ -430,7 +470,8 @@ def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds
     for baseline, program in torch_programs(
         name, network, data, num_steps, k, derivative
     ).items():
-        programs[baseline], rows[baseline] = program, {}
+        if baseline in baselines:
+            programs[baseline], rows[baseline] = program, {}
     if "torch.compile" in programs:
         calls = [time_call(programs["torch.compile"]) for _ in range(3)]
         rows["torch.compile"]["compile_s"] = calls[0] - calls[-1]
@@ -444,7 +485,7 @@ def measure(name, network, data, cut_name, num_steps, derivative, limit, seconds
             raise AssertionError(f"{baseline} has a relative error of {error} in {derivative}")
 
     limit_steps = min(num_steps, 10)
-    if derivative == "gradient":
+    if derivative == "gradient" and "limit" in baselines:
         programs["limit"], rows["limit"] = lambda: [limit() for _ in range(limit_steps)], {}
     times = {baseline: [] for baseline in programs}
     deadline = time.perf_counter() + seconds
@@ -474,8 +515,17 @@ def is_measured(samples, deadline):
     return len(samples) >= num_rounds and (time_is_up or len(samples) >= 50)
 
 
-FIELDS = ["network", "cut", "num_rollout_steps", "derivative", "baseline"]
-FIELDS += ["trace_s", "compile_s", "temp_bytes", "run_s", "machine"]
+CASE = ["network", "cut", "num_rollout_steps", "derivative"]
+FIELDS = [*CASE, "baseline", "trace_s", "compile_s", "temp_bytes", "run_s", "machine"]
+
+
+def merge(old_rows, new_rows):
+    """The new rows in place of old ones of the same case and baseline, or else behind all of
+    their case."""
+    case = lambda row: tuple(str(row[field]) for field in CASE)
+    rows = {(case(row), row["baseline"]): row for row in [*old_rows, *new_rows]}
+    cases = list(dict.fromkeys(map(case, rows.values())))
+    return sorted(rows.values(), key=lambda row: cases.index(case(row)))
 
 
 def select_cases(name, cuts, steps):
@@ -503,6 +553,8 @@ def main():
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--cuts", nargs="+", choices=tuple(CUTS))
     parser.add_argument("--steps", nargs="+", type=int)
+    help = "measure these, and keep the other rows of the output"
+    parser.add_argument("--baselines", nargs="+", choices=BASELINES, help=help)
     parser.add_argument("--seconds", type=float, default=1.0, help="of runs for each row")
     parser.add_argument("--quick", action="store_true", help="MLP and FNO, few steps")
     parser.add_argument(
@@ -518,7 +570,8 @@ def main():
     if torch is not None:
         warnings.filterwarnings("ignore", module="torch")  # on complex numbers, see above
         start_torch_compiler()
-    all_rows = []
+    keep = args.baselines and args.output.exists()
+    all_rows = study.read_csv(args.output) if keep else []
     with tqdm(total=sum(map(len, cases.values()))) as progress:
         for name, network, data in make_problems(args.networks):
             limit, _ = compile_baseline(residuum_loss_with(), network, data, 1, False)
@@ -531,11 +584,12 @@ def main():
                     network,
                     data,
                     *case,
+                    args.baselines or BASELINES,
                     limit,
                     args.seconds,
                     step_s[cut, derivative],
                 )
-                all_rows += [row | dict(machine=machine) for row in rows]
+                all_rows = merge(all_rows, [row | dict(machine=machine) for row in rows])
                 study.write_csv(args.output, all_rows, FIELDS)
                 progress.update()
 

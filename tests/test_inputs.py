@@ -288,6 +288,34 @@ def test_tangents_may_be_python_numbers(way):
     assert_close(*both(0.5))
 
 
+@pytest.mark.skipif(not hasattr(jax, "debug_key_reuse"), reason="needs a newer JAX")
+@pytest.mark.parametrize("bptt", [False, 1, 3, np.array([True, False, True, False])])
+def test_each_key_is_used_once(bptt):
+    """As JAX counts it, for which even a transposition is a use."""
+    data = jnp.ones((2, 1, 3))
+
+    def loss(x, stepper, keys):
+        options = dict(num_rollout_steps=4, cuts=Cuts(bptt), inputs={"key": keys})
+        return residuum_loss(
+            functools.partial(stepper, x), data, lambda n, p, k: n - p, **options
+        )
+
+    def noisy(x, u, inputs_t):
+        return x * u + jax.random.normal(inputs_t["key"], u.shape)
+
+    def noisy_twice(x, u, inputs_t):
+        return noisy(x, noisy(x, u, inputs_t), inputs_t)
+
+    keys = lambda: jax.random.split(jax.random.key(0), (2, 4))
+    expected = [f(2.0, noisy, keys()) for f in (loss, jax.grad(loss))]
+    with jax.debug_key_reuse(True):
+        for wrap in (lambda f, **_: f, jax.jit):
+            functions = [wrap(f, static_argnums=1) for f in (loss, jax.grad(loss))]
+            assert_close([f(2.0, noisy, keys()) for f in functions], expected, 1e-6)
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(loss, static_argnums=1)(2.0, noisy_twice, keys())
+
+
 #
 # On several devices
 #

@@ -116,6 +116,51 @@ def test_sharded_data_under_jit(rollouts, groups, explicit):
     assert_as_on_one_device(actual, rollouts, expected)
 
 
+RESHARDING = {  # the sharding of u_next, on a mesh of "batch" and "model"
+    "replicated": lambda u: jax.sharding.reshard(u, P(None)),
+    "split": lambda u: jax.sharding.reshard(u, P("model")),
+    # From what is split to what is not, and back.
+    "alternating": lambda u: jax.sharding.reshard(
+        u, P(None) if jax.typeof(u).sharding.spec[-1] else P("model")
+    ),
+}
+
+
+@needs_explicit_axes
+@pytest.mark.parametrize("data_spec", [P("batch"), P("batch", None, "model")], ids=str)
+@pytest.mark.parametrize("sharding", RESHARDING)
+def test_a_stepper_may_change_an_explicit_sharding(sharding, data_spec):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=8)
+    data = rng.normal(size=(2 * len(MESH_DEVICES), 1, 8))
+
+    def loss(loss_fn, options, on_mesh, kernel, data):
+        whole = (lambda u: jax.sharding.reshard(u, P(None))) if on_mesh else lambda u: u
+        change = RESHARDING[sharding] if on_mesh else lambda u: u
+        stepper = lambda u: change(jnp.tanh(whole(u) * kernel))
+        residuum_fn = lambda n, p: whole(n) - jnp.roll(whole(p), 1)
+        return loss_fn(stepper, data, residuum_fn, **options)
+
+    def value_and_grad(loss_fn, options, on_mesh, *args):
+        f = functools.partial(loss, loss_fn, options, on_mesh)
+        return jax.value_and_grad(f, (0, 1))(*args)
+
+    rollouts = [
+        dict(num_rollout_steps=4, cuts=Cuts(k), checkpoint=k == 2) for k in (False, 1, 2)
+    ]
+    mesh = make_mesh(("batch", "model"), explicit=True)
+    with jax.set_mesh(mesh):
+        args = [shard(mesh, spec, x) for spec, x in ((P(), kernel), (data_spec, data))]
+        on_mesh = jax.jit(
+            lambda *x: [value_and_grad(residuum_loss, o, True, *x) for o in rollouts]
+        )
+        actual = on_mesh(*args)
+    for options, result in zip(rollouts, actual, strict=True):
+        textbook = dict(num_rollout_steps=4, cuts=options["cuts"])
+        f = jax.jit(functools.partial(value_and_grad, textbook_loss, textbook, False))
+        assert_close(jax.device_get(result), jax.device_get(f(kernel, data)), what=options)
+
+
 @needs_shard_map
 @pytest.mark.parametrize("check_vma", also_slow(True, slowly=[False]))
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ VALID = "valid"
 REST = ODD_SOURCES + [f"traced {source}" for source in ODD_SOURCES]
 NOT_CALLABLE = [source for source in REST if not callable(ODD_VALUES.get(source))]
 HASHABLE = [source for source, value in ODD_VALUES.items() if is_hashable(value)]
+TUPLES = [source for source, value in ODD_VALUES.items() if isinstance(value, tuple)]
 
 
 def odd(text):
@@ -98,7 +99,7 @@ VALID_DATA = both(
     '{"u": ones(2, 1, 5)}; {"u": ones(2, 1)}; {"u": ones(2, 1, 3, dtype=complex)}'
 )
 
-STRUCTURE = "stepper must return a state of the structure of its input, ['u'] float32[3]"
+STRUCTURE = "stepper must return a state with the structure of its input, ['u'] float32[3]"
 SHAPES = "stepper must return a state like its input: u_prev['u'] is"
 STEPPER_RAISES = "Raised when stepper was called on one sample: stepper(u_prev"
 BPTT = "a static bool, a static int or a bool array of shape [num_rollout_steps] = [4]"
@@ -135,11 +136,13 @@ EXPECTED = {
             '{"u": ones(2, 1, 3), "v": ones(3, 1)}'
         ),
         # The data are fine by themselves, but not for this stepper.
-        "stepper must return a state of the structure of its input, "
+        "stepper must return a state with the structure of its input, "
         "['u'] float32[3], ['v'] float32[], got ['u'] float32[3]": both(
             '{"u": ones(2, 1, 3), "v": ones(2, 1)}'
         ),
-        f"{SHAPES} int64[3], got float64[3]": both('{"u": ones(2, 1, 3, dtype=int)}'),
+        "data['u'] must be floating point, as stepper returns float64[3], got int64[3]": both(
+            '{"u": ones(2, 1, 3, dtype=int)}'
+        ),
         f"{STEPPER_RAISES} float32[]).": both("ones(4, 1); ones(2, 4)"),
         f"{STEPPER_RAISES} float32[3]).": both("ones(2, 1, 3)"),
         f"{STEPPER_RAISES} float32[5]).": both("ones(2, 1, 5)"),
@@ -155,7 +158,7 @@ EXPECTED = {
         "residuum_fn(...) must hold at least one array with entries, got None of": odd(
             "lambda x, y: None"
         ),
-        "residuum_fn(...)[2] must be an array, got 'r' of type str": odd(
+        "residuum_fn(...)[2] must be a real or complex array, got 'r' of type str": odd(
             'lambda x, y: [x, y, "r"]'
         ),
         "Raised when residuum_fn was called on one sample: "
@@ -214,7 +217,11 @@ EXPECTED = {
         "time_level_loss(residuum float32[3]).": REST,
     },
     "axis_name": {
-        VALID: [*HASHABLE, *traced("None; ()")],
+        VALID: [*(name for name in HASHABLE if name not in TUPLES), *traced("None")],
+        "axis_name must be one name, not a tuple of names": [
+            *TUPLES,
+            *(f"traced {name}" for name in TUPLES),
+        ],
         "axis_name must be hashable": REST,
     },
     "checkpoint": {

@@ -186,19 +186,80 @@ def test_single_precision_without_x64():
 
 def test_weights_are_any_array_like_and_leave_the_dtype_of_the_loss_alone():
     factor, data = rotation_problem(jnp.float32)
-    weights = [1, 0.5, jnp.float64(0.25)]
+    weights = [1, 0.5, jnp.float32(0.25)]
     loss, half = (
-        rotation_loss(residuum_loss, factor, data, num_rollout_steps=3, weights=w)
-        for w in (weights, np.asarray(weights, np.float16))
+        rotation_loss(residuum_loss, factor, data, num_rollout_steps=3, weights=np.asarray(w))
+        for w in (np.asarray(weights, np.float32), np.asarray(weights, np.float16))
     )
     assert_close(loss, half)
     chex.assert_type(loss, jnp.float32)
     for weights in (np.array([3, 0, 1], np.uint8), [True, False, True]):
         loss, expected = (
             rotation_loss(residuum_loss, factor, data, num_rollout_steps=3, weights=w)
-            for w in (weights, np.asarray(weights, float))
+            for w in (weights, np.asarray(weights, np.float32))
         )
         assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("bptt", ["none", "every", "mask"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.complex64])
+def test_wider_weights_widen_the_loss(dtype, bptt):
+    """As in the textbook loop; in float32, the first weight would be 0."""
+    factor, data = rotation_problem(dtype)
+    weights = np.array([1e-300, 2e-300, 3e-300])
+    options = dict(num_rollout_steps=3, cuts=cuts_of(3, bptt), has_aux=True)
+
+    def loss(weights):
+        return rotation_loss(residuum_loss, factor, data, weights=weights, **options)
+
+    # The stepper of complex states promotes by itself.
+    mode = "standard" if dtype == jnp.complex64 else "strict"
+    with config("jax_numpy_dtype_promotion", mode):
+        (value, rollout), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
+    losses = np.asarray(rollout.time_level_losses)
+    assert losses.dtype == np.float32
+    np.testing.assert_allclose(value, weights @ losses, rtol=1e-12)
+    np.testing.assert_allclose(grad, losses, rtol=1e-6)
+    assert_close(loss(list(weights))[0], value)
+
+
+@pytest.mark.parametrize("bptt", [False, 1, 5])
+def test_a_hundred_thousand_steps_are_summed_to_the_last_digits(bptt):
+    """A running sum in float32 is off by 1e-3 for this problem, cut after every step."""
+    options = dict(num_rollout_steps=100_000, cuts=Cuts(bptt))
+
+    def loss(w, dtype):
+        data = jnp.asarray([[[0.3, 0.7]]], dtype)
+        w = jnp.asarray(w, dtype)
+        return residuum_loss(lambda u: jnp.cos(w * u), data, lambda n, p: n - p / 10, **options)
+
+    expected = jax.jit(lambda: loss(0.9, jnp.float64))()
+    derivatives = jax.jit(jax.value_and_grad(lambda w: loss(w, jnp.float32)))
+    for actual in (jax.jit(lambda: loss(0.9, jnp.float32))(), derivatives(0.9)[0]):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    forward = lambda dtype: jax.jit(lambda: jax.jvp(lambda w: loss(w, dtype), (0.9,), (1.0,)))()
+    if not bptt:  # the tangent of a cut rollout is made of a gradient
+        np.testing.assert_allclose(forward(jnp.float32), forward(jnp.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bptt", [1, 2])
+def test_loss_scaling_in_half_precision_belongs_into_the_weights(bptt):
+    """The gradient of a segment is rounded to float16 before a factor outside sees it."""
+    scale = 2.0**14
+    data = jnp.full((1, 1, 64), 2.0**-13, jnp.float16)
+
+    def loss(kernel, weights, factor):
+        stepper = lambda u: kernel * u
+        residuum_fn = lambda n, p: n - p / 2
+        options = dict(num_rollout_steps=4, cuts=Cuts(bptt), weights=weights)
+        return factor * residuum_loss(stepper, data, residuum_fn, **options)
+
+    gradient = jax.grad(loss)
+    kernel, ones = jnp.ones(64, jnp.float16), np.ones(4, np.float32)
+    expected = gradient(kernel.astype(jnp.float32), ones, scale)
+    actual = gradient(kernel, scale * ones, 1.0).astype(jnp.float32)
+    np.testing.assert_allclose(actual, expected, rtol=5e-3)
+    assert jnp.all(gradient(kernel, ones, scale) == 0)
 
 
 @pytest.mark.parametrize("bptt", ["none", "2"])

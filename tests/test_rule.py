@@ -1,7 +1,7 @@
-"""The streaming rule by itself, its parts one by one against ordinary differentiation.
+"""The segmented scan by itself, its functions one by one against ordinary differentiation.
 
-`_value_and_grad`, `_advance` and the derivative rule are functions of arrays. Here they meet
-the plain loop with a `stop_gradient` in it, on arguments made for the purpose.
+They know nothing of residuals. Here they meet the plain loop with a `stop_gradient` in it, on a
+step and arguments made for the purpose.
 """
 
 import functools
@@ -13,75 +13,90 @@ import numpy as np
 import pytest
 
 import residuum
+from residuum import Arrays, Levels, Scanned
 from test_residuum import also_slow, assert_close, slow
 
 
 NUM_STEPS = 7
 
 
-def step(closed_over, u, masks, inputs):
-    """A time step of a batch: a state of a float, an integer and a complex array."""
-    w, shift = closed_over
-    x, count, z = u
-    x_next = jnp.tanh(x @ w + shift[count]) + z.real + inputs[0]
-    z_next = z * jnp.exp(1j * x) / 2
-    loss = jnp.mean(jnp.where(masks["prev"], jax.lax.stop_gradient(x), x) * x_next**2)
-    return [x_next, count + 1, z_next], loss + jnp.mean(jnp.abs(z_next - 1) ** 2)
+def call(params, state, x):
+    """A step: a state of a float, an integer and a complex array."""
+    w, shift = params
+    u, count, z = state
+    is_cut, forcing = x
+    u_next = jnp.tanh(u @ w + shift[count]) + z.real + forcing
+    z_next = z * jnp.exp(1j * u) / 2
+    term = jnp.mean(jnp.where(is_cut, jax.lax.stop_gradient(u), u) * u_next**2)
+    return [u_next, count + 1, z_next], term + jnp.mean(jnp.abs(z_next - 1) ** 2)
 
 
-def loop(k=NUM_STEPS, unroll=1):
-    return residuum.Loop(step, [False] * 3, k, 0, unroll)
+STEP = residuum.Step(call, [False] * 3, jax.ShapeDtypeStruct((), float), is_isolated=True)
+
+
+def loop(k=NUM_STEPS, checkpoint=0, unroll=1):
+    return residuum.Loop(k, checkpoint, unroll)
 
 
 def arguments():
     rng = np.random.default_rng(0)
-    closed_over = [rng.normal(size=(3, 3)), rng.normal(size=NUM_STEPS + 1)]
+    params = [rng.normal(size=(3, 3)), rng.normal(size=NUM_STEPS + 1)]
     z = rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3))
-    u = [rng.normal(size=(2, 3)), np.int32(0), z]
-    masks = {"prev": np.arange(NUM_STEPS) % 3 == 0}
-    weights, inputs = rng.normal(size=NUM_STEPS), [rng.normal(size=(NUM_STEPS, 2, 3))]
-    levels = residuum.Levels(weights, masks, inputs)
-    return jax.tree.map(jnp.asarray, (closed_over, u, levels))
+    state = [rng.normal(size=(2, 3)), np.int32(0), z]
+    xs = np.arange(NUM_STEPS) % 3 == 0, rng.normal(size=(NUM_STEPS, 2, 3))
+    levels = Levels(rng.normal(size=NUM_STEPS), xs)
+    return jax.tree.map(jnp.asarray, Arrays(params, state, levels))
 
 
-def plain_rollout(k, closed_over, u, levels):
-    """The rollout as a loop, with the state cut after every `k`-th step."""
-    loss, losses = 0.0, []
-    for t in range(NUM_STEPS):
-        _, masks, inputs = jax.tree.map(lambda x, t=t: x[t], levels)
-        u, level_loss = step(closed_over, u, masks, inputs)
-        u = jax.lax.stop_gradient(u) if (t + 1) % k == 0 else u
-        loss += levels.weights[t] * level_loss
-        losses.append(level_loss)
-    return loss, (jnp.stack(losses), u)
+def plain_loop(k, arrays):
+    """The scan as a loop of Python, with the state cut after every `k`-th step."""
+    params, state, levels = arrays
+    total, terms = 0.0, []
+    for t in range(len(levels.weights)):
+        weight, x = jax.tree.map(lambda x, t=t: x[t], levels)
+        state, term = call(params, state, x)
+        state = jax.lax.stop_gradient(state) if (t + 1) % k == 0 else state
+        total += weight * term
+        terms.append(term)
+    return Scanned(total, jnp.stack(terms), state)
 
 
+UNCUT = NUM_STEPS + 1
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1, 3])
 @pytest.mark.parametrize("unroll", [1, NUM_STEPS])
-def test_a_rollout_is_the_loop(unroll):
-    actual = residuum._rollout(loop(unroll=unroll), *arguments())
-    assert_close(actual, plain_rollout(NUM_STEPS + 1, *arguments()))
+def test_a_plain_scan_is_the_loop(unroll, checkpoint):
+    options = loop(unroll=unroll, checkpoint=checkpoint)
+    actual = residuum._plain_scan(STEP, options, arguments())
+    assert_close(actual, plain_loop(UNCUT, arguments()))
 
 
-CHUNKS = {  # of how many steps, in blocks of how many, how many first: the shapes
-    (7, 3, 0): [(2, 3), (1, 1)],
-    (7, 3, 3): [(1, 3), (1, 3), (1, 1)],
-    (6, 3, 3): [(1, 3), (1, 3)],
-    (2, 3, 0): [(1, 2)],
-    (17, 6, 0): [(2, 6), (1, 5)],  # a set of Python has 17 before 12
+PIECES = {  # of how many levels, in pieces of which length: the length of each
+    (7, 3): [3, 3, 1],
+    (6, 3): [3, 3],
+    (2, 3): [2],
+    (17, 6): [6, 6, 5],
 }
 
 
-@pytest.mark.parametrize("steps, length, first", CHUNKS)
-def test_chunks_are_all_levels_in_order(steps, length, first):
-    levels = residuum.Levels(jnp.arange(steps), {}, [])
-    chunks = [chunk.weights for chunk in residuum._chunks(levels, length, first)]
-    assert [chunk.shape for chunk in chunks] == CHUNKS[steps, length, first]
-    assert_close(residuum._merge(chunks), levels.weights)
+@pytest.mark.parametrize("unroll", [1, 20])
+@pytest.mark.parametrize("num_steps, length", PIECES)
+def test_pieces_are_all_levels_in_order(num_steps, length, unroll):
+    levels = Levels(jnp.arange(1.0, num_steps + 1), ())
+
+    def body(carry, piece):
+        carry = 100 * carry + piece.weights[0]
+        return carry, (piece.weights, jnp.full_like(piece.weights, len(piece.weights)))
+
+    _, outputs = residuum._scan_pieces(body, 0.0, levels, length, unroll)
+    lengths = [n for n in PIECES[num_steps, length] for _ in range(n)]
+    assert_close(outputs, (levels.weights, jnp.array(lengths, float)))
 
 
-def marks(matrix=False, x=False, z=False, levels=False):
+def marks(matrix=False, u=False, z=False, levels=False):
     """What the gradient is taken with respect to; never a shift, an integer or a mask."""
-    return [matrix, False], [x, False, z], residuum.Levels(levels, {"prev": False}, [levels])
+    return Arrays([matrix, False], [u, False, z], Levels(levels, (False, levels)))
 
 
 WRT = list(itertools.product([False, True], repeat=4))
@@ -90,79 +105,91 @@ WRT = list(itertools.product([False, True], repeat=4))
 @pytest.mark.parametrize("wrt", also_slow(WRT[8], WRT[15], slowly=WRT[:8] + WRT[9:15]), ids=str)
 @pytest.mark.parametrize("k", also_slow(3, slowly=[1, 2, NUM_STEPS - 1]))
 def test_value_and_gradient_of_all_segments(k, wrt):
-    """With respect to the matrix, to x, to z, to weights and inputs, or not."""
+    """With respect to the matrix, to u, to z, to weights and inputs, or not."""
     wrt = marks(*wrt)
     variables, constants = residuum._partition(arguments(), wrt)
 
-    def loss(variables):
-        return plain_rollout(k, *residuum._combine(variables, constants))
+    def total(variables):
+        scanned = plain_loop(k, residuum._combine(variables, constants))
+        return scanned.total, scanned
 
-    expected = jax.value_and_grad(loss, has_aux=True)(variables)
-    actual = jax.jit(functools.partial(residuum._value_and_grad, loop(k), wrt))(*arguments())
-    assert_close(actual, expected)
+    (_, expected), expected_grad = jax.value_and_grad(total, has_aux=True)(variables)
+    f = functools.partial(residuum._segments_and_grad, STEP, loop(k), wrt)
+    assert_close(jax.jit(f)(arguments()), (expected, expected_grad))
 
 
 def test_one_segment_moves_the_state_and_adds_to_the_sums():
-    closed_over, u, levels = arguments()
-    sums = jax.tree.map(lambda x: 1 + jnp.zeros_like(x), (levels.weights[0], closed_over))
-    wrt = [True, True], [False] * 3, jax.tree.map(lambda _: False, levels)
-    actual = residuum._advance(loop(), wrt, closed_over, (u, sums), levels)
-    (u_next, (loss, grads)), (losses, u_grads, level_grads) = actual
-    loss_of = lambda closed_over: plain_rollout(NUM_STEPS + 1, closed_over, u, levels)
-    (expected, aux), expected_grads = jax.value_and_grad(loss_of, has_aux=True)(closed_over)
-    assert_close((loss, grads), (1 + expected, [1 + grad for grad in expected_grads]))
-    assert_close((losses, u_next), aux)
-    assert jax.tree.leaves((u_grads, level_grads)) == []
+    params, state, levels = arguments()
+    one = jnp.ones(())
+    sums = residuum.Sums(state, one, 0 * one, [jnp.ones_like(params[0]), None])
+    f = functools.partial(residuum._accumulate, STEP, loop(), params, marks(matrix=True))
+    (next_state, total, _, grad), (terms, levels_grad), state_grad = f(sums, levels)
+    total_of = lambda w: plain_loop(UNCUT, Arrays([w, params[1]], state, levels))
+    expected = total_of(params[0])
+    expected_grad = jax.grad(lambda w: total_of(w).total)(params[0])
+    assert_close((total, grad), (1 + expected.total, [1 + expected_grad, None]))
+    assert_close((terms, next_state), (expected.terms, expected.state))
+    assert jax.tree.leaves((levels_grad, state_grad)) == []
 
 
 def test_the_state_after_a_segment_has_no_gradient():
     """Or derivatives of second order would see through the cut."""
-    _, u, levels = arguments()
+    params, state, levels = arguments()
 
-    def state(closed_over):
-        carry = u, (levels.weights[0], [None, None])
-        (u_next, _), _ = residuum._advance(loop(), marks(), closed_over, carry, levels)
-        return jnp.sum(u_next[0])
+    def first_leaf(params):
+        segment = residuum._segment(STEP, loop(), Arrays(params, state, levels))
+        return jnp.sum(segment.state[0])
 
-    closed_over, _, _ = arguments()
-    grads = jax.grad(state)(closed_over)
-    assert_close(grads, jax.tree.map(jnp.zeros_like, grads))
+    assert_close(jax.grad(first_leaf)(params), jax.tree.map(jnp.zeros_like, params))
 
 
-def differentiable(k, x, streamed):
-    """The loss as a function of the arguments that are not integers or bools."""
-    _, u, levels = arguments()
-    w, shift, u_0, z, weights, inputs = x
-    levels = levels._replace(weights=weights, inputs=[inputs])
-    args = [w, shift], [u_0, u[1], z], levels
-    return residuum._streamed_rollout(loop(k), *args) if streamed else plain_rollout(k, *args)
+def differentiable(k, x, scan):
+    """The scan as a function of the arguments that are not integers or bools."""
+    _, state, levels = arguments()
+    w, shift, u, z, weights, forcing = x
+    levels = Levels(weights, (levels.xs[0], forcing))
+    return scan(k, Arrays([w, shift], [u, state[1], z], levels))
+
+
+def streamed(k, arrays):
+    return residuum._streamed_scan(STEP, loop(k), arrays)
 
 
 def point():
-    closed_over, u, levels = arguments()
-    return [*closed_over, u[0], u[2], levels.weights, *levels.inputs]
+    params, state, levels = arguments()
+    return [*params, state[0], state[2], levels.weights, levels.xs[1]]
 
 
 @pytest.mark.parametrize("k, twice", [(3, False), pytest.param(1, True, marks=slow)])
-def test_jvp_and_vjp_are_those_of_the_plain_rollout(k, twice):
+def test_jvp_and_vjp_are_those_of_the_plain_loop(k, twice):
     x, tangents = point(), [jnp.cos(x) for x in point()]
 
-    def derivatives(x, streamed):
-        loss = lambda x: differentiable(k, x, streamed)[0]
-        squared_norm = lambda x: sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.grad(loss)(x))
-        forward = jax.jvp(loss, (x,), (tangents,))
-        reverse = jax.vjp(loss, x)[1](1.5)
-        forward_over_reverse = jax.jvp(jax.grad(loss), (x,), (tangents,))
+    def derivatives(x, scan):
+        total = lambda x: differentiable(k, x, scan).total
+        squared_norm = lambda x: sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.grad(total)(x))
+        forward = jax.jvp(total, (x,), (tangents,))
+        reverse = jax.vjp(total, x)[1](1.5)
+        forward_over_reverse = jax.jvp(jax.grad(total), (x,), (tangents,))
         reverse_over_reverse = jax.grad(squared_norm)(x) if twice else None
         return forward, reverse, forward_over_reverse, reverse_over_reverse
 
-    actual, expected = (jax.jit(derivatives, static_argnums=1)(x, s) for s in (True, False))
-    assert_close(actual, expected)
+    both = jax.jit(lambda x: [derivatives(x, scan) for scan in (streamed, plain_loop)])
+    assert_close(*both(x))
 
 
-def test_what_else_is_returned_has_no_tangent():
+def test_only_the_total_has_a_tangent():
     x, tangents = point(), [jnp.cos(x) for x in point()]
-    _, (_, aux_dot) = jax.jvp(lambda x: differentiable(2, x, True), (x,), (tangents,))
-    floats = [x for x in jax.tree.leaves(aux_dot) if x.dtype != jax.dtypes.float0]
+    _, dot = jax.jvp(lambda x: differentiable(2, x, streamed), (x,), (tangents,))
+    assert dot.total != 0
+    rest = jax.tree.leaves((dot.terms, dot.state))
+    floats = [x for x in rest if x.dtype != jax.dtypes.float0]
     assert len(floats) == 3
     assert_close(floats, [jnp.zeros_like(x) for x in floats])
+
+
+@pytest.mark.parametrize("terms", [[3e38, 3e38, 1.0], [np.inf, 1.0], [1.0, np.nan, 1.0]])
+def test_a_sum_overflows_as_any_sum(terms):
+    total, excess = jnp.zeros((2,), jnp.float32)
+    for term in terms:
+        total, excess = residuum._add(total, excess, jnp.float32(term))
+    np.testing.assert_equal(float(total), sum(map(np.float32, terms)))

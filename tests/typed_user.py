@@ -43,6 +43,8 @@ def loss(data: jax.Array) -> jax.Array:
     pair = residuum_loss(stepper, data, residuum_fn, weights=[1.0], has_aux=True)
     assert_type(pair, tuple[jax.Array, Rollout])
     residuum_loss(Emulator(data), data, difference, checkpoint=5, unroll=True)
+    either = residuum_loss(stepper, data, residuum_fn, has_aux=bool(data.size))
+    assert_type(either, jax.Array | tuple[jax.Array, Rollout])
     residuum_loss(stepper, data, residuum_fn, num_rollout_steps="10")  # type: ignore
     residuum_loss(stepper, data)  # type: ignore
     residuum_loss(lambda: data, data, difference)  # type: ignore
@@ -56,7 +58,7 @@ def forced_loss(data: jax.Array) -> jax.Array:
     stepper = lambda u_prev, inputs_t: u_prev + inputs_t["forcing"]
     value = residuum_loss(stepper, data, forced, inputs=inputs, axis_name="batch")
     assert_type(value, jax.Array)
-    residuum_loss(ForcedEmulator(data), data, forced, inputs=data, axis_name=("a", 1))
+    residuum_loss(ForcedEmulator(data), data, forced, inputs=data, axis_name="a")
     pair = residuum_loss(stepper, data, forced, inputs=data, has_aux=True)
     assert_type(pair, tuple[jax.Array, Rollout])
     residuum_loss(lambda u, x, y, z: u, data, forced, inputs=data)  # type: ignore

@@ -5,6 +5,7 @@ import re
 from functools import partial
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -198,6 +199,34 @@ def test_the_documentation_has_the_tables_of_rollout_cost(tmp_path, monkeypatch,
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     page = (ROOT / "benchmarks" / "rollout_cost.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("|")] == tables
+
+
+@pytest.mark.parametrize("cut", ["no cut", "bptt=1", "bptt=5"])
+def test_the_baselines_of_rollout_cost_have_the_same_loss_and_gradient(cut):
+    import rollout_cost
+
+    network = rollout_cost.MLP(jax.random.key(0), width=8, depth=1)
+    params, static = eqx.partition(network, eqx.is_array)
+    data = jax.random.normal(jax.random.key(1), (2, 1, 1, rollout_cost.NUM_POINTS))
+    results = {}
+    for name, (loss, _) in rollout_cost.select_baselines("MLP", cut, 7, "gradient").items():
+        of_params = lambda params, loss=loss: loss(
+            eqx.combine(params, static), data, 7, rollout_cost.CUTS[cut]
+        )
+        results[name] = jax.jit(jax.value_and_grad(of_params))(params)
+    assert {"residuum", "trainax", "scan", "segments", "equinox"} <= set(results)
+    chex.assert_trees_all_close(*results.values(), rtol=1e-9)
+
+
+def test_rows_of_rollout_cost_take_the_place_of_old_ones_of_the_same_case_and_baseline():
+    import rollout_cost
+
+    old = read_csv(ROOT / "benchmarks" / "rollout_cost.csv")
+    replaced = old[0] | dict(num_rollout_steps=1, run_s=1.0)
+    added = replaced | dict(baseline="another")
+    end = sum(all(row[x] == old[0][x] for x in rollout_cost.CASE) for row in old)
+    expected = [replaced, *old[1:end], added, *old[end:]]
+    assert rollout_cost.merge(old, [added, replaced]) == expected
 
 
 @slow
