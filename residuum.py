@@ -37,6 +37,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 __all__ = ["Cuts", "Rollout", "mse", "residuum_loss"]
 __version__ = "0.2.0"
 
+# Each in a section of its own, in this order: the public API; a scan that is cut into segments,
+# and its gradient; how closures become the arrays of such a scan; what depends on the version
+# of JAX; checks and error messages.
+
 
 #
 # Public API
@@ -172,18 +176,23 @@ def residuum_loss(
         Note the order: next first.
     - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
     - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
-        takes the memory of `k` steps, however long the rollout; so does forward over reverse,
-        not reverse over reverse. In `jax.shard_map(check_vma=True)`, this requires parameters
-        that vary over the mesh.
+        takes the memory of `k` steps, however long the rollout, and so does forward over
+        reverse. One more state for each segment is stored in reverse over reverse, and where
+        members of an outer `vmap` or of a mesh exchange data (by collectives in your functions,
+        or because a parameter does not vary over a `jax.shard_map(check_vma=True)`). Forward
+        mode needs functions that can be differentiated in reverse mode, so no `while_loop`. In
+        float16, put the factor of a loss scaling into `weights`: outside of the loss, it comes
+        after the gradient of a segment has been rounded.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
-        A weight of 0 does not remove an infinite loss, since 0 · ∞ is NaN.
+        A dtype that is wider than that of the losses widens the result. A weight of 0 does not
+        remove an infinite loss, since 0 · ∞ is NaN.
     - `inputs`: PyTree of arrays `[batch, num_rollout_steps, ...]` of any dtype: what a sample
         is given at each step besides the state, such as a forcing, boundary values or a PRNG
         key. The functions are then called as `stepper(u_prev, inputs_t)` and
         `residuum_fn(u_next, u_prev, inputs_t)`, with the slice `[b, t]` for the step from `uᵗ`
         to `uᵗ⁺¹`. One more copy of `inputs` is stored.
     - `time_level_loss`: `residuum -> real scalar`.
-    - `axis_name`: a name for the batch axis inside the functions, as in `jax.vmap`:
+    - `axis_name`: one name, for the batch axis inside the functions, as in `jax.vmap`:
         `jax.lax.pmean(x, axis_name)` is a mean over the batch, which batch norms need.
     - `checkpoint`: rematerialise each time step in the backward pass. `True` stores a state
         per step instead of its activations, at the cost of about one more forward pass. An int
@@ -237,6 +246,8 @@ def residuum_loss(
         is_cut = {**static_cuts, **masks_t}
         u_next = next_state(u_prev, inputs_t)
         loss = level_loss(_cut(u_next, is_cut["next"]), _cut(u_prev, is_cut["prev"]), inputs_t)
+        # A `bptt` that is an array cuts here. One that is static is `False` here, and cuts at
+        # the end of each segment instead, see `_segment`.
         return _cut(u_next, is_cut["bptt"]), loss
 
     def batch_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
