@@ -12,7 +12,9 @@ from itertools import pairwise
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.sparse import BCOO
 
 from residuum import Cuts, residuum_loss
 from test_residuum import OPTIMIZED, textbook_loss
@@ -275,7 +277,8 @@ def recipe_with_a_named_axis_has_the_gradient_of_the_whole_batch(
         if cuts == Cuts():
             assert_close_to(grads, expected[1])
     named = partial(loss, cuts=Cuts(bptt=True))
-    assert memory(jax.grad(vmap_outside), params) > 8 * memory(jax.grad(named), params)
+    assert_close_to(jax.jit(jax.grad(vmap_outside))(params), jax.jit(jax.grad(named))(params))
+    assert memory(jax.grad(vmap_outside), params) > 1.3 * memory(jax.grad(named), params)
 
 
 @claim("error = nrmse(kernels, u_0, draw")
@@ -301,6 +304,36 @@ def recipe_follows_a_forcing_that_it_has_not_seen(
         emulated = jax.vmap(partial(convolve, kernels["u"]))(emulated) + forced
     by_hand = jnp.linalg.norm(emulated - exact) / jnp.linalg.norm(exact)
     assert abs(error / by_hand - 1) < 1e-2
+
+
+@claim("nn.compact")
+@claim("eqx.nn.Dropout")
+@claim("nnx.Rngs(dropout=key)")
+@config("jax_enable_x64", False)
+def recipes_with_dropout_draw_a_mask_for_each_sample_and_step(
+    *, step, loss, params, keys, data, heat_residuum, **_
+):
+    u, expected = data[:, 0], 0.0
+    for t in range(3):
+        u_next = jax.vmap(partial(step, params))(u, keys[:, t])
+        expected += jnp.mean(jax.vmap(heat_residuum)(u_next, u) ** 2)
+        u = u_next
+    assert_close_to(loss(params, keys), expected)
+    assert loss(params, keys) != loss(params, keys[::-1])
+    same_state = jax.vmap(partial(step, params, data[0, 0]))(keys[:, 0])
+    assert jnp.all(jnp.ptp(same_state, axis=0) > 0)
+
+
+@claim("solve.defjvp")
+@config("jax_enable_x64", False)
+def recipe_with_an_external_solver_has_its_derivatives(*, loss, kernel, grad, curvature, **_):
+    slope = lambda kernel: jnp.vdot(jax.grad(loss)(kernel), grad)
+    assert_close_to(curvature, jax.grad(slope)(kernel), 1e-3)
+    difference = (loss(kernel + 1e-3 * grad) - loss(kernel - 1e-3 * grad)) / 2e-3
+    assert_close_to(difference, jnp.vdot(grad, grad), 1e-2)
+    for k in (1, 2):
+        cut = partial(loss, cuts=Cuts(bptt=k))
+        assert jnp.all(jnp.isfinite(jax.jvp(jax.grad(cut), (kernel,), (grad,))[1]))
 
 
 @claim("for num_steps in (1, 2, 5)")
@@ -490,6 +523,22 @@ def close_over_a_batch_norm_of_flax():
     loss(lambda u: norm(u))
 
 
+def close_over_a_dropout_of_flax():
+    nnx = import_module("flax.nnx")
+    dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+    loss(lambda u: dropout(u))
+
+
+def differentiate_a_while_loop_forward():
+    stepper = lambda scale, u: jax.lax.while_loop(
+        lambda u: jnp.max(u) > 10.0, lambda u: scale * u, scale * u
+    )
+    of_scale = lambda scale: loss(
+        partial(stepper, scale), num_rollout_steps=3, cuts=Cuts(bptt=True)
+    )
+    jax.jvp(of_scale, (0.5,), (1.0,))
+
+
 def forget_has_aux_in_a_gradient():
     jax.grad(lambda scale: loss(lambda u: scale * u, has_aux=True))(1.0)
 
@@ -504,8 +553,11 @@ MESSAGES = {
     "data: batch 16, num_snapshots 32, one sample float32[]": lambda: loss(
         lambda u: jnp.ones((32, 32)) @ u, jnp.ones((16, 32), jnp.float32)
     ),
-    "stepper must return the next state only": lambda: loss(lambda u: (u, u)),
+    "stepper must return only the next state": lambda: loss(lambda u: (u, u)),
     "stepper must return a state": lambda: loss(lambda u: u[1:]),
+    "data must be floating point": lambda: loss(
+        lambda u: 0.5 * u, jnp.ones((16, 1, 32), jnp.int32)
+    ),
     "data must be an array of shape [batch, num_snapshots, ...]": lambda: loss(
         data=jnp.ones(32)
     ),
@@ -516,22 +568,27 @@ MESSAGES = {
         lambda u, f: u + f, num_rollout_steps=3, inputs=jnp.ones((16, 4, 32))
     ),
     "positional argument but 2 were given": lambda: loss(inputs=ONES),
-    "of samples make one array, by jnp.stack": lambda: loss(data=[jnp.ones(32)] * 3),
+    "A list is read as separate fields": lambda: loss(data=[jnp.ones(32)] * 3),
     "cuts must be a Cuts(bptt, prev, next)": lambda: loss(cuts=True),
     "make it static in jax.jit": lambda: jax.jit(
         lambda cuts: loss(num_rollout_steps=10, cuts=cuts)
     )(Cuts(bptt=5)),
+    "Pass the values of a sparse matrix": lambda: loss(data=BCOO.fromdense(jnp.eye(32))),
+    "It is a masked array": lambda: loss(data=np.ma.masked_equal(np.ones((16, 1, 32)), 0)),
     "num_rollout_steps must be a static int": lambda: jax.jit(
         lambda n: loss(num_rollout_steps=n)
     )(3),
     "weights must be a real array of shape [num_rollout_steps]": lambda: loss(
         weights=[1.0, 2.0]
     ),
+    "axis_name must be one name": lambda: loss(axis_name=("batch", "devices")),
     "must hold at least one array": lambda: loss(residuum_fn=lambda u_next, u_prev: None),
     "time_level_loss must return a real scalar": lambda: loss(time_level_loss=jnp.square),
     "Gradient only defined for scalar-output functions": forget_has_aux_in_a_gradient,
     "Found an unbound axis name": close_over_a_batch_norm_of_equinox,
     "Cannot mutate BatchStat from a different trace level": close_over_a_batch_norm_of_flax,
+    "Cannot mutate RngCount from a different trace level": close_over_a_dropout_of_flax,
+    "forward mode needs reverse mode as well": differentiate_a_while_loop_forward,
     "A jax.Ref cannot be closed over": close_over_a_ref,
     "unhashable type, from jax.checkpoint": rematerialise_a_module,
 }
