@@ -757,10 +757,13 @@ def _vary(x: Array, axes: frozenset[Hashable]) -> Array:
 
 
 def _reshard(x: Array, like: Any) -> Array:
-    """`x` in the sharding of `like`: on a mesh with explicit axes, from JAX 0.7 on."""
-    sharding = getattr(getattr(like, "aval", like), "sharding", None)
-    if getattr(getattr(x, "aval", None), "sharding", sharding) != sharding:
-        x = vars(jax.sharding)["reshard"](x, sharding)
+    """`x` in the sharding of `like`. They differ on a mesh with explicit axes, from JAX 0.7 on.
+
+    Otherwise an abstract value has no sharding, or one that says nothing.
+    """
+    before, after = [getattr(getattr(y, "aval", y), "sharding", None) for y in (x, like)]
+    if getattr(before, "spec", None) != getattr(after, "spec", None):
+        x = vars(jax.sharding)["reshard"](x, after)
     return x
 
 
