@@ -177,12 +177,12 @@ def residuum_loss(
     - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
     - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
         takes the memory of `k` steps, however long the rollout, and so does forward over
-        reverse. One more state for each segment is stored in reverse over reverse, and where
-        members of an outer `vmap` or of a mesh exchange data (by collectives in your functions,
-        or because a parameter does not vary over a `jax.shard_map(check_vma=True)`). Forward
-        mode needs functions that can be differentiated in reverse mode, so no `while_loop`. In
-        float16, put the factor of a loss scaling into `weights`: outside of the loss, it comes
-        after the gradient of a segment has been rounded.
+        reverse. Reverse over reverse also stores a state for each segment. So does a gradient
+        if your functions exchange data with other members of an outer `vmap` or of a mesh, by
+        collectives, or if a parameter does not vary over a `jax.shard_map(check_vma=True)`.
+        Forward mode needs functions that can be differentiated in reverse mode, so no
+        `while_loop`. In float16, put the factor of a loss scaling into `weights`: outside of
+        the loss, it comes after the gradient of a segment has been rounded.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
         A dtype that is wider than that of the losses widens the result. A weight of 0 does not
         remove an infinite loss, since 0 · ∞ is NaN.
@@ -215,39 +215,42 @@ def residuum_loss(
     passes through, with notes: which function it was, its arguments, and how `data` was read.
     """
     num_steps = _check_int("num_rollout_steps", num_rollout_steps)
-    steps_per_iteration = _check_bool_or_int("unroll", unroll, false=1, true=num_steps)
-    steps_per_stored_state = _check_bool_or_int("checkpoint", checkpoint, false=0, true=1)
-    steps_per_segment, static_cuts, masks = _check_cuts(cuts, num_steps)
+    segment_length, static_cuts, masks = _check_cuts(cuts, num_steps)
+    loop = Loop(
+        segment_length,
+        checkpoint=_check_bool_or_int("checkpoint", checkpoint, false=0, true=1),
+        unroll=_check_bool_or_int("unroll", unroll, false=1, true=num_steps),
+    )
     level_weights = _check_weights(weights, num_steps)
     initial_state = _check_data(data, num_steps)
-    level_inputs, to_keywords = _check_inputs(inputs, initial_state[0].shape[0], num_steps)
+    level_inputs, named_inputs = _check_inputs(inputs, initial_state[0].shape[0], num_steps)
     _check_axis_name(axis_name)
     _check_bool("has_aux", has_aux)
     _check_callable("stepper", stepper)
     _check_callable("residuum_fn", residuum_fn)
     _check_callable("time_level_loss", time_level_loss)
 
-    # From here on, a state is the list of its leaves. Only the user's functions see the PyTree.
+    # From here on, a state is the list of its leaves; the user's functions get `to_state` of it.
     to_state = partial(jax.tree.unflatten, jax.tree.structure(data))
     call = partial(_call, data, axis_name)
 
     def next_state(u_prev: State, inputs_t: list[Array]) -> State:
-        state = to_state(u_prev)
-        check = partial(_check_next_state, u_prev=state)
-        return call("stepper", stepper, check, u_prev=state, **to_keywords(inputs_t))
+        arguments = {"u_prev": to_state(u_prev), **named_inputs(inputs_t)}
+        check = partial(_check_next_state, u_prev=to_state(u_prev))
+        return call("stepper", stepper, arguments, check)
 
     def level_loss(u_next: State, u_prev: State, inputs_t: list[Array]) -> Array:
         states = {"u_next": to_state(u_next), "u_prev": to_state(u_prev)}
-        arguments = {**states, **to_keywords(inputs_t)}
-        residuum = call("residuum_fn", residuum_fn, _check_residuum, **arguments)
-        return call("time_level_loss", time_level_loss, _check_loss, residuum=residuum)
+        arguments = {**states, **named_inputs(inputs_t)}
+        residuum = call("residuum_fn", residuum_fn, arguments, _check_residuum)
+        return call("time_level_loss", time_level_loss, {"residuum": residuum}, _check_loss)
 
     def time_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
         is_cut = {**static_cuts, **masks_t}
         u_next = next_state(u_prev, inputs_t)
         loss = level_loss(_cut(u_next, is_cut["next"]), _cut(u_prev, is_cut["prev"]), inputs_t)
-        # A `bptt` that is an array cuts here. One that is static is `False` here, and cuts at
-        # the end of each segment instead, see `_segment`.
+        # Arrays and bools cut here, but a static `bptt` is `False` here: it cuts between
+        # segments, see `_segment`.
         return _cut(u_next, is_cut["bptt"]), loss
 
     def batch_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
@@ -256,9 +259,9 @@ def residuum_loss(
         return u_next, jnp.mean(_at_least_float32(losses))
 
     step, arrays = _hoist(batch_step, initial_state, level_weights, (masks, level_inputs))
-    loop = Loop(steps_per_segment, steps_per_stored_state, steps_per_iteration)
     # If a static `bptt` cuts the rollout into segments, the rollout is streamed: the gradient
     # of a segment is taken while the rollout advances, so that one segment at a time is stored.
+    # (`_segmented_scan` lists the exceptions.)
     loss, losses, final_state = _segmented_scan(step, loop, arrays)
     rollout = jax.lax.stop_gradient(Rollout(losses, to_state(final_state)))
     return (loss, rollout) if has_aux else loss
@@ -291,7 +294,7 @@ def residuum_loss(
 State = list[Array]  # the leaves of a state: of one sample, `[...]`, or of all, `[batch, ...]`
 Masks = dict[str, Array]  # the cuts that are arrays, by field
 
-R = TypeVar("R")  # the result of a function
+R = TypeVar("R")
 
 
 class Step(NamedTuple):
@@ -299,14 +302,14 @@ class Step(NamedTuple):
 
     call: Callable[[list[Array], State, PyTree], tuple[State, Array]]  # of params, state, x
     is_constant: list[bool]  # for each leaf of the state: whether it is returned as it is
-    term: Any  # the abstract value of a term: its dtype, and the mesh axes it varies over
-    is_isolated: bool  # whether it exchanges no data with other members, and makes no `jax.Ref`
+    term_type: Any  # the abstract value of a term
+    is_streamable: bool  # whether the derivative rule below applies to it
 
 
 class Loop(NamedTuple):
     """How a scan runs. All are numbers of steps."""
 
-    segment_length: int  # after which the state is cut
+    segment_length: int  # after which the state is cut; if not below `num_steps`: no cut
     checkpoint: int  # for which one state is stored; 0: all activations are
     unroll: int  # in one iteration
 
@@ -343,18 +346,27 @@ class Sums(NamedTuple):
 
     state: State
     total: Float[Array, ""]
-    excess: Float[Array, ""]  # by how much the total is too large, for the last rounding
+    excess: Float[Array, ""]  # see `_add`
     params_grad: list[Array | None]
 
 
 def _segmented_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
-    """The scan, with the cheapest derivative that is exact."""
+    """The scan, in the cheapest way whose derivatives are exact.
+
+    - `_plain_scan`, if there is no cut.
+    - `_streamed_scan`, if there is: a gradient stores one segment at a time.
+    - `_segments`, if there is, but the rule of `_streamed_scan` does not apply: a gradient also
+        stores the state before each segment. That is so where a step exchanges data with other
+        members of a `vmap` or of a mesh, and where it makes a `jax.Ref`, which JAX cannot
+        compile inside of a custom rule. (Collectives over the axis of the batch are gone by
+        now: they became sums when the batch was vmapped.)
+    """
     if loop.segment_length >= _length(arrays.levels):
         return _plain_scan(step, loop, arrays)
     if loop.segment_length == 1:
         # Rematerialisation would save nothing: the backward pass of a step is next.
         loop = loop._replace(checkpoint=0)
-    if step.is_isolated:
+    if step.is_streamable:
         return _streamed_scan(step, loop, arrays)
     return _segments(step, loop, arrays)
 
@@ -367,7 +379,7 @@ def _plain_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
 
     def body(carry: PyTree, level: Levels) -> tuple[PyTree, Array]:
         state, term = step.call(params, _combine(carry, constants), level.xs)
-        _, carry = _partition(state, step.is_constant)
+        _, carry = _partition(state, step.is_constant)  # the constants stay what they are
         return carry, term
 
     if 1 < loop.checkpoint < _length(levels):
@@ -380,8 +392,8 @@ def _plain_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
 def _segment(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
     """A plain scan over the steps of one segment, with the state cut at its end.
 
-    There is no other cut: value and gradient call this function, and derivatives of higher
-    order differentiate what it does.
+    This section has no other cut: value and gradient both call this function, and derivatives
+    of higher order differentiate what it does.
     """
     segment = _plain_scan(step, loop, arrays)
     return segment._replace(state=_cut(segment.state, True))
@@ -410,25 +422,25 @@ def _segments_and_grad(
     accumulate = partial(_accumulate, step, loop, params)
     variables, _ = _partition(params, wrt.params)
     # The total varies over the axes of a mesh that a term or a weight varies over.
-    zero = _vary(jnp.zeros_like(levels.weights[0]), _varying_axes(step.term))
+    zero = _vary(jnp.zeros_like(levels.weights[0]), _varying_axes(step.term_type))
     sums = Sums(state, zero, zero, jax.tree.map(jnp.zeros_like, variables))
 
-    by_level: list[PyTree] = []
+    outputs: list[PyTree] = []
     state_grad: list[Array | None] = [None] * len(state)
     if any(wrt.state):
         # The gradient for the initial state comes from the first segment, which therefore stays
         # outside of the loop: the others start from a state that is cut.
         first, levels = _split(levels, loop.segment_length)
-        sums, first_by_level, state_grad = accumulate(wrt, sums, first)
-        by_level.append(first_by_level)
+        sums, output, state_grad = accumulate(wrt, sums, first)
+        outputs.append(output)
         wrt = wrt._replace(state=[False] * len(state))
 
     def body(sums: Sums, piece: Levels) -> tuple[Sums, PyTree]:
-        sums, by_level, _ = accumulate(wrt, sums, piece)
-        return sums, by_level
+        sums, output, _ = accumulate(wrt, sums, piece)
+        return sums, output
 
-    sums, rest_by_level = _scan_pieces(body, sums, levels, loop.segment_length, loop.unroll)
-    terms, levels_grad = _concatenate(*by_level, rest_by_level)
+    sums, output = _scan_pieces(body, sums, levels, loop.segment_length, loop.unroll)
+    terms, levels_grad = _concatenate(*outputs, output)
     grad = Arrays(sums.params_grad, state_grad, levels_grad)
     return Scanned(sums.total, terms, sums.state), grad
 
@@ -447,10 +459,10 @@ def _accumulate(
     state from which the segment starts.
     """
     levels = _depending_on(sums.total, levels)
-    variables, constants = _partition(Arrays(params, sums.state, levels), wrt)
+    variables, others = _partition(Arrays(params, sums.state, levels), wrt)
 
     def total_of_segment(variables: Arrays) -> tuple[Array, Scanned]:
-        segment = _segment(step, loop, _combine(variables, constants))
+        segment = _segment(step, loop, _combine(variables, others))
         return segment.total, segment
 
     (_, segment), grad = jax.value_and_grad(total_of_segment, has_aux=True)(variables)
@@ -468,13 +480,14 @@ def _streamed_scan_jvp(
 ) -> tuple[Scanned, Scanned]:
     """The tangent of the total is <gradient, tangents>; nothing else has one.
 
-    This does not hold if the total depends on arrays of other members, those of a `vmap` or of
-    a mesh with which a step exchanges data: the gradient is by the own arrays alone. Such a
-    step does not get here, unless it exchanges cotangents only. Two kinds do: a custom rule
-    with a collective, and an array that is the same for all members of a
-    `jax.shard_map(check_vma=True)`, since its gradient is a sum over the mesh.
+    This would be wrong if the total depended on arrays of other members, those of a `vmap` or
+    of a mesh: the gradient is by the arrays of one member alone. A step with such an exchange
+    of data does not get here. What is left are exchanges of cotangents, which only the program
+    of the gradient shows: a custom rule with a collective; and an array that is the same for
+    all members of a `jax.shard_map(check_vma=True)`, whose gradient is a sum over the mesh. In
+    that case, the tangent is the one that JAX makes of `_segments`.
     """
-    (wrt,), (dots,) = _perturbed(primals, tangents)
+    (wrt,), (nonzero_tangents,) = _perturbed(primals, tangents)
     with _note(_hint):
         program, structure = _trace(partial(_segments_and_grad, step, loop, wrt), *primals)
         if _axes_of_collectives(program.jaxpr):
@@ -484,9 +497,10 @@ def _streamed_scan_jvp(
     # JAX's gradient of a complex variable is conjugated already, so this is not `jnp.vdot`; and
     # `jnp.dot` would lose precision on an accelerator.
     product = lambda x, dx: jnp.sum(_at_least_float32(x) * _at_least_float32(dx)).real
-    products = jax.tree.leaves(jax.tree.map(product, grad, dots))
-    total_dot = sum([x.astype(scanned.total.dtype) for x in products])
-    return scanned, jax.tree.map(zero_from_primal, scanned)._replace(total=total_dot)
+    products = jax.tree.leaves(jax.tree.map(product, grad, nonzero_tangents))
+    total_tangent = sum([x.astype(scanned.total.dtype) for x in products])
+    no_tangents = jax.tree.map(zero_from_primal, scanned)
+    return scanned, no_tangents._replace(total=total_tangent)
 
 
 _streamed_scan.defjvp(_streamed_scan_jvp, symbolic_zeros=True)
@@ -494,9 +508,11 @@ _streamed_scan.defjvp(_streamed_scan_jvp, symbolic_zeros=True)
 
 def _jvp(f: Callable[..., R], primals: PyTree, tangents: PyTree) -> tuple[R, R]:
     """`jax.jvp`, where tangents may be symbolic zeros."""
-    wrt, dots = _perturbed(primals, tangents)
-    variables, constants = _partition(primals, wrt)
-    duals: tuple[R, R] = jax.jvp(lambda x: f(*_combine(x, constants)), (variables,), (dots,))
+    wrt, nonzero_tangents = _perturbed(primals, tangents)
+    variables, others = _partition(primals, wrt)
+    duals: tuple[R, R] = jax.jvp(
+        lambda x: f(*_combine(x, others)), (variables,), (nonzero_tangents,)
+    )
     return duals
 
 
@@ -504,12 +520,18 @@ def _perturbed(primals: PyTree, tangents: PyTree) -> tuple[Any, Any]:
     """Which arrays have a tangent that is not zero; and these tangents, `None` for the rest."""
     wrt = jax.tree.map(lambda dx: not isinstance(dx, SymbolicZero), tangents)
     # A tangent may be a Python number.
-    dot = lambda x, dx, is_wrt: jnp.asarray(dx, x.dtype) if is_wrt else None
-    return wrt, jax.tree.map(dot, primals, tangents, wrt)
+    to_array = lambda x, dx, is_wrt: jnp.asarray(dx, x.dtype) if is_wrt else None
+    return wrt, jax.tree.map(to_array, primals, tangents, wrt)
+
+
+# A program is a closed jaxpr. The rule traces its gradient as one to see the collectives in it.
+# Then it evaluates the program as a custom rule of its own: JAX takes that as it is, as long as
+# no tangent enters. Otherwise JAX would trace the loops of the program again, only to find that
+# no tangent enters, and would forget what they rematerialise.
 
 
 def _trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
-    """The program of `f(*args)`, a closed jaxpr, and the structure of its result."""
+    """The program of `f(*args)`, and the structure of its result."""
     program, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     return program, jax.tree.structure(shapes)
 
@@ -518,8 +540,6 @@ def _run(program: Any, *leaves: Array) -> list[Array]:
     return eval_jaxpr(program.jaxpr, program.consts, *leaves)
 
 
-# As a custom rule, a program is taken as it is where no tangent enters. Otherwise JAX would
-# trace its loops again to find that out, and forget what they rematerialise.
 _evaluate = jax.custom_jvp(_run, nondiff_argnums=(0,))
 _evaluate.defjvp(
     lambda program, *duals: _jvp(partial(_run, program), *duals), symbolic_zeros=True
@@ -532,9 +552,10 @@ def _axes_of_collectives(jaxpr: Any) -> set[Hashable]:
     for equation in jaxpr.eqns:
         within = set[Hashable]().union(*map(_axes_of_collectives, _inner_jaxprs(equation)))
         found |= within - _bound_axes(equation)
-        if equation.primitive.name not in ("axis_index", "pvary"):
+        if equation.primitive.name not in ("axis_index", "pvary"):  # which exchange nothing
             axes = equation.params.get("axes", equation.params.get("axis_name", ()))
             axes = axes if isinstance(axes, tuple) else (axes,)
+            # The axes of other operations, such as those of a sum, are numbers.
             found |= {axis for axis in axes if not hasattr(axis, "__index__")}
     return found
 
@@ -546,27 +567,33 @@ def _inner_jaxprs(equation: Any) -> list[Any]:
 
 
 def _depending_on(total: Array, levels: Levels) -> Levels:
-    """`levels` minus zero, an empty sum made from `total`, which XLA drops.
+    """`levels` minus zero: a sum over no entries that is made from `total`. XLA drops it.
 
-    If the scan is part of a loop, JAX moves out of that loop what does not depend on its carry,
-    and stores it for each level: what depends on weights or inputs alone, for example.
+    This is for a loop of the user's around the whole scan that is differentiated from outside.
+    JAX moves out of such a loop what does not depend on what it carries, and stores it for all
+    levels at once: what a step computes from its weight, mask and inputs alone. `total` is
+    carried from segment to segment, so what depends on it stays where it is.
     """
     zero = jnp.sum(jnp.broadcast_to(total, 0))
 
     def tie(x: Array) -> Array:
-        is_tied = _is_inexact(x) and _varying_axes(x) == _varying_axes(zero)
-        return x - zero.astype(x.dtype) if is_tied else x
+        if _varying_axes(x) != _varying_axes(zero):
+            return x  # or its gradient would no longer be of its own type
+        return x ^ zero.astype(bool) if x.dtype == bool else x - zero.astype(x.dtype)
 
     return Levels(levels.weights - zero, jax.tree.map(tie, levels.xs))
 
 
-def _add(total: Array, excess: Array, term: Array) -> tuple[Array, Array]:
-    """Kahan's sum: as accurate for many terms as for two. Also returns the new excess."""
-    term = term - excess
-    new_total = total + term
+def _add(total: Array, excess: Array, x: Array) -> tuple[Array, Array]:
+    """Kahan's sum `total + x`: as accurate for many numbers as for two.
+
+    The excess is by how much rounding made a total too large. Also returns the new one.
+    """
+    x = x - excess
+    new_total = total + x
     # Without limits, the excess of an infinite sum would be NaN, and so would be the next sum.
     limit: Any = jnp.finfo(total.dtype).max  # type: ignore[no-untyped-call]
-    after, before, added = [jax.lax.clamp(-limit, x, limit) for x in (new_total, total, term)]
+    after, before, added = [jax.lax.clamp(-limit, y, limit) for y in (new_total, total, x)]
     return new_total, jax.lax.stop_gradient((after - before) - added)
 
 
@@ -607,10 +634,10 @@ def _scan_blocks(
 def _scan_pieces(
     body: Callable[..., Any], carry: PyTree, levels: Levels, length: int, unroll: int
 ) -> tuple[Any, Any]:
-    """A scan over pieces of `length` levels, whose outputs are again by level.
+    """A scan over pieces of `length` levels, segments or blocks, whose outputs are by level.
 
-    Pieces are rematerialised, but not the shorter one that is left over at the end: its
-    backward pass is next.
+    Pieces are rematerialised (if `body` takes gradients itself, for derivatives of higher order
+    alone), but not the shorter one that is left over at the end: its backward pass is next.
     """
     num_pieces = _length(levels) // length
     whole, rest = _split(levels, num_pieces * length)
@@ -651,7 +678,10 @@ def _combine(tree: PyTree, others: PyTree) -> Any:
 
 
 def _cut(u: State, where: bool | Array) -> State:
-    """Stops the gradient where `where` is true, by a select if it is an array."""
+    """Stops the gradient where `where` is true.
+
+    If that is an array, by a select, after which no leaf counts as constant any more.
+    """
     if isinstance(where, bool):
         return jax.lax.stop_gradient(u) if where else u
     return [jnp.where(where, jax.lax.stop_gradient(x), x) for x in u]
@@ -692,10 +722,10 @@ def _hoist(
         return [*map(_cast, map(_reshard, next_state, state), state)], term
 
     *outputs, term = program.jaxpr.outvars
-    pairs = zip(outputs, program.jaxpr.invars, strict=False)
+    pairs = zip(outputs, program.jaxpr.invars, strict=False)  # the inputs go on with those of x
     is_constant = [output is x for output, x in pairs]
-    is_isolated = not _axes_of_collectives(jaxpr) and not _makes_refs(jaxpr)
-    step = Step(call, is_constant, term.aval, is_isolated)
+    is_streamable = not _axes_of_collectives(jaxpr) and not _makes_refs(jaxpr)
+    step = Step(call, is_constant, term.aval, is_streamable)
     # Weights are in the dtype of the terms, or in a wider one of their own.
     is_wider = _is_inexact(weights) and weights.dtype.itemsize > term.aval.dtype.itemsize
     weights = weights if is_wider else weights.astype(term.aval.dtype)
@@ -707,7 +737,7 @@ def _settle(f: Callable[..., Any], state: State, x: tuple[PyTree, PyTree]) -> tu
     program: Any = jax.make_jaxpr(f)(state, *x)
     # Shardings once: while dtypes can only become wider, a sharding may change at every step.
     settled = [*map(_cast, map(_reshard, state, program.out_avals), program.out_avals)]
-    while not all(map(is_, settled, state)):
+    while not all(map(is_, settled, state)):  # whatever is settled comes back as it is
         state = settled
         program = jax.make_jaxpr(f)(state, *x)
         settled = [*map(_cast, state, program.out_avals)]
@@ -722,7 +752,7 @@ def _makes_refs(jaxpr: Any) -> bool:
 
 
 def _cast(x: Array, like: Any) -> Array:  # like an array, or an abstract value
-    """`x` in the dtype of `like`, and varying over its axes of a mesh."""
+    """`x` in the dtype of `like`, and varying over its axes of a mesh; `x` itself, if it is."""
     x = _vary(x, _varying_axes(like))
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
@@ -790,8 +820,8 @@ def _is_ref(x: Any) -> bool:
 # Checks of arguments and of results, at trace time. If you trust both, stop here.
 #
 # A check of an argument returns what the code above works with: static values as those of
-# Python, arrays as strongly typed JAX arrays. An error says by name what was expected, and what
-# came instead.
+# Python, arrays as strongly typed JAX arrays, a static `bptt` as the length of a segment. An
+# error says by name what was expected, and what came instead.
 #
 
 Kinds = tuple[Any, ...]  # of dtypes
@@ -856,13 +886,14 @@ def _check_cuts(cuts: object, num_steps: int) -> tuple[int, dict[str, bool | Arr
     if not isinstance(cuts, Cuts):
         raise _error(TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
     segment_length = num_steps
-    bptt, prev, next = map(_to_python, cuts)
+    bptt = _to_python(cuts.bptt)
     if isinstance(bptt, int):  # as every bool is
         segment_length = _check_bool_or_int("cuts.bptt", bptt, false=num_steps, true=1)
-        bptt = False
+        cuts = cuts._replace(bptt=False)
     static: dict[str, bool | Array] = {}
     masks: Masks = {}
-    for field, cut in {"bptt": bptt, "prev": prev, "next": next}.items():
+    for field, cut in cuts._asdict().items():
+        cut = _to_python(cut)
         if isinstance(cut, bool):
             static[field] = cut
         else:
@@ -881,7 +912,7 @@ def _check_mask(field: str, mask: object, num_steps: int) -> Bool[Array, " {num_
     expected = f"cuts.{field} must be {expected}"
     if isinstance(mask, Tracer) and mask.shape not in shapes:
         raise _not_static(ValueError, expected, mask)
-    array = _check_levels(expected, mask, shapes, (jnp.bool,))
+    array = _check_one_per_step(expected, mask, shapes, (jnp.bool,))
     return jnp.broadcast_to(array, num_steps)
 
 
@@ -889,10 +920,10 @@ def _check_weights(weights: object, num_steps: int) -> Real[Array, " {num_steps}
     if weights is None:
         return jnp.ones(num_steps, jnp.float32)
     expected = f"weights must be a real array of shape [num_rollout_steps] = [{num_steps}]"
-    return _check_levels(expected, weights, [(num_steps,)], REAL)
+    return _check_one_per_step(expected, weights, [(num_steps,)], REAL)
 
 
-def _check_levels(expected: str, x: object, shapes: Shapes, kinds: Kinds) -> Array:
+def _check_one_per_step(expected: str, x: object, shapes: Shapes, kinds: Kinds) -> Array:
     """An array, or what JAX makes one of, such as a list."""
     array = _to_array(x, expected, kinds, also=(Sequence, Number))
     if array.shape not in shapes:
@@ -952,14 +983,14 @@ def _check_inputs(
     impls = [jax.random.key_impl(x) if _is_key(x) else None for x in arrays]
     arrays = [jax.random.key_data(x) if _is_key(x) else x for x in arrays]
 
-    def to_keywords(inputs_t: list[Array]) -> dict[str, PyTree]:
+    def named_inputs(inputs_t: list[Array]) -> dict[str, PyTree]:
         leaves = [
             x if impl is None else jax.random.wrap_key_data(x, impl=impl)
             for x, impl in zip(inputs_t, impls, strict=True)
         ]
         return {"inputs_t": jax.tree.unflatten(jax.tree.structure(inputs), leaves)}
 
-    return [jnp.swapaxes(x, 0, 1) for x in arrays], to_keywords
+    return [jnp.swapaxes(x, 0, 1) for x in arrays], named_inputs
 
 
 def _why_inputs_do_not_fit(
@@ -983,25 +1014,25 @@ def _check_next_state(u_next: PyTree, *, u_prev: PyTree) -> State:
         raise _error(TypeError, f"stepper must return {what} {like}", u_next)
     arrays = []
     pairs = zip(_leaves("stepper(...)", u_next), _leaves("", u_prev), strict=True)
-    for (path, next), (field, prev) in pairs:
-        array = _to_array(next, f"{path} must be an array", ANY, also=(Number,))
-        if array.shape == prev.shape and _holds(array, prev):
-            arrays.append(array)
-            continue
-        if array.shape == prev.shape and _is_inexact(array) and _kind(prev) in REAL[1:]:
-            floats = (
-                f"data{field} must be floating point, as stepper returns {_describe(array)}"
-            )
-            raise _error(TypeError, floats, prev)
-        like = f"u_prev{field} is {_describe(prev)}"
-        raise _error(TypeError, f"stepper must return a state like its input: {like}", array)
+    for (path, x), (field, prev) in pairs:
+        array = _to_array(x, f"{path} must be an array", ANY, also=(Number,))
+        has_shape = array.shape == prev.shape
+        if has_shape and _is_inexact(array) and _kind(prev) in (jnp.integer, jnp.bool):
+            got = _describe(array)
+            expected = f"data{field} must be floating point, as stepper returns {got}"
+            raise _error(TypeError, expected, prev)
+        if not (has_shape and _holds(array, prev)):
+            like = f"u_prev{field} is {_describe(prev)}"
+            expected = f"stepper must return a state like its input: {like}"
+            raise _error(TypeError, expected, array)
+        arrays.append(array)
     return arrays
 
 
-def _holds(next: Array, prev: Array) -> bool:
-    """Whether `next` is of the dtype of `prev`, or of a wider one of its kind."""
-    is_wider = next.dtype.itemsize > prev.dtype.itemsize and _kind(next) == _kind(prev)
-    return next.dtype == prev.dtype or is_wider
+def _holds(x: Array, y: Array) -> bool:
+    """Whether `x` is of the dtype of `y`, or of a wider one of its kind."""
+    is_wider = x.dtype.itemsize > y.dtype.itemsize and _kind(x) == _kind(y)
+    return x.dtype == y.dtype or is_wider
 
 
 def _check_residuum(residuum: PyTree, name: str = "residuum_fn(...)") -> PyTree:
@@ -1040,12 +1071,13 @@ def _call(
     axis_name: Hashable,
     name: str,
     f: Callable[..., PyTree],
+    arguments: dict[str, PyTree],
     check: Callable[[PyTree], R],
-    **arguments: PyTree,
 ) -> R:
     """Calls one of the user's functions, by position, and checks its result.
 
-    An error gets notes: what the function was called with, and how `data` was read.
+    The names of the arguments are for the notes that an error gets: what the function was
+    called with, and how `data` was read.
     """
 
     def how_it_was_called(error: Exception) -> str:
@@ -1055,8 +1087,10 @@ def _call(
     def if_on_a_mesh(error: Exception) -> str:
         axes = frozenset[Hashable]().union(*map(_varying_axes, jax.tree.leaves(arguments)))
         is_named = axis_name is not None and axes - {axis_name}
-        return "Collectives over axis_name need jax.shard_map(check_vma=False)." * bool(
-            is_named
+        return (
+            "Collectives over axis_name need jax.shard_map(check_vma=False)."
+            if is_named
+            else ""
         )
 
     with _note(lambda _: _how_data_was_read(data)):

@@ -391,6 +391,28 @@ def test_memory_inside_a_loop_that_is_differentiated_from_outside(name, bptt, pr
     assert size(220) - size(20) <= 2 * 200 * 4
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, bool])
+def test_what_depends_on_inputs_alone_stays_in_a_loop_that_is_differentiated(dtype):
+    """Of the inputs themselves, there is one more copy; what is made of them is much larger."""
+    params, data, stepper = network_problem("mlp")
+    chunks = jnp.broadcast_to(data, (3, *data.shape))
+    pattern = jnp.linspace(1, 2, 64, dtype=jnp.float32)
+
+    def size(num_rollout_steps):
+        inputs = jnp.ones((8, num_rollout_steps), dtype)
+
+        def loss(params, data):
+            forced = lambda u, x: stepper(params, u) + jnp.sin(x * pattern)
+            options = dict(num_rollout_steps=num_rollout_steps, cuts=Cuts(4), inputs=inputs)
+            return residuum_loss(forced, data, lambda n, p, x: n - p, **options)
+
+        f = lambda params: outer_loop("scan", functools.partial(loss, params), chunks)
+        compiled = jax.jit(jax.grad(f)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert size(220) - size(20) <= 4 * 200 * 8 * 4  # a field for each would be 64 times as much
+
+
 def test_forward_mode_without_a_cut_stores_no_step():
     """The rule, which takes a gradient, would store them all."""
 

@@ -31,7 +31,7 @@ def call(params, state, x):
     return [u_next, count + 1, z_next], term + jnp.mean(jnp.abs(z_next - 1) ** 2)
 
 
-STEP = residuum.Step(call, [False] * 3, jax.ShapeDtypeStruct((), float), is_isolated=True)
+STEP = residuum.Step(call, [False] * 3, jax.ShapeDtypeStruct((), float), is_streamable=True)
 
 
 def loop(k=NUM_STEPS, checkpoint=0, unroll=1):
