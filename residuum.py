@@ -230,7 +230,7 @@ def residuum_loss(
     _check_callable("residuum_fn", residuum_fn)
     _check_callable("time_level_loss", time_level_loss)
 
-    # From here on, a state is the list of its leaves; the user's functions get `to_state` of it.
+    # From here on, a state is the list of its leaves, of which your functions get `to_state`.
     to_state = partial(jax.tree.unflatten, jax.tree.structure(data))
     call = partial(_call, data, axis_name)
 
