@@ -169,7 +169,8 @@ def residuum_loss(
 
     - `stepper`: `u_prev -> u_next`, the emulator. A state is any PyTree of arrays; `u_next`
         has the structure, shapes and dtypes of `u_prev`. A leaf that is returned as it was
-        received (a mask, a coefficient) is stored once, if `bptt` is static.
+        received (a mask, a coefficient) is stored once, if `bptt` is static and no state has to
+        be stored for each segment (see `cuts`).
     - `data`: PyTree of arrays `[batch, num_snapshots, ...]`. Only snapshot 0, the initial
         condition, is read. It is promoted if `stepper` returns a wider dtype of its kind.
     - `residuum_fn`: `(u_next, u_prev) -> residuum`, any PyTree of real or complex arrays.
@@ -181,8 +182,9 @@ def residuum_loss(
         if your functions exchange data with other members of an outer `vmap` or of a mesh, by
         collectives, or if a parameter does not vary over a `jax.shard_map(check_vma=True)`.
         Forward mode needs functions that can be differentiated in reverse mode, so no
-        `while_loop`. In float16, put the factor of a loss scaling into `weights`: outside of
-        the loss, it comes after the gradient of a segment has been rounded.
+        `while_loop`. A factor outside of the loss comes after the gradient of a segment has
+        been rounded, and cannot undo its underflow in float16 or its overflow: put the factor
+        of a loss scaling into `weights`.
     - `weights`: `[num_rollout_steps]`, the weight of every time level. `None` means all ones.
         A dtype that is wider than that of the losses widens the result. A weight of 0 does not
         remove an infinite loss, since 0 · ∞ is NaN.
@@ -680,11 +682,12 @@ def _combine(tree: PyTree, others: PyTree) -> Any:
 def _cut(u: State, where: bool | Array) -> State:
     """Stops the gradient where `where` is true.
 
-    If that is an array, by a select, after which no leaf counts as constant any more.
+    If that is an array, by a select, after which a leaf no longer counts as constant. Integers
+    and keys, which have no gradient, are left as they are.
     """
     if isinstance(where, bool):
         return jax.lax.stop_gradient(u) if where else u
-    return [jnp.where(where, jax.lax.stop_gradient(x), x) for x in u]
+    return [jnp.where(where, jax.lax.stop_gradient(x), x) if _is_inexact(x) else x for x in u]
 
 
 #

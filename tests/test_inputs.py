@@ -316,6 +316,24 @@ def test_each_key_is_used_once(bptt):
             jax.jit(loss, static_argnums=1)(2.0, noisy_twice, keys())
 
 
+@pytest.mark.skipif(not hasattr(jax, "debug_key_reuse"), reason="needs a newer JAX")
+@pytest.mark.parametrize("bptt", [False, 1, np.array([True, False, True, False])])
+def test_each_key_in_the_state_is_used_once(bptt):
+    def loss(x, keys):
+        def stepper(state):
+            key, noise_key = jax.random.split(state["key"])
+            return {"u": x * state["u"] + jax.random.normal(noise_key, (3,)), "key": key}
+
+        data = {"u": jnp.ones((2, 1, 3)), "key": keys}
+        options = dict(num_rollout_steps=4, cuts=Cuts(bptt))
+        return residuum_loss(stepper, data, lambda n, p: n["u"] - p["u"], **options)
+
+    keys = lambda: jax.random.split(jax.random.key(0), (2, 1))
+    expected = jax.value_and_grad(loss)(2.0, keys())
+    with jax.debug_key_reuse(True):
+        assert_close(jax.jit(jax.value_and_grad(loss))(2.0, keys()), expected, 1e-6)
+
+
 #
 # On several devices
 #

@@ -242,6 +242,20 @@ def test_a_hundred_thousand_steps_are_summed_to_the_last_digits(bptt):
         np.testing.assert_allclose(forward(jnp.float32), forward(jnp.float64), rtol=1e-6)
 
 
+def test_a_factor_outside_comes_after_an_overflow():
+    """With cuts as an array, the gradient is that of the textbook loop, as is documented."""
+
+    def guarded(x, cuts):
+        data = jnp.full((1, 1, 1), 1e19, jnp.float32)
+        options = dict(num_rollout_steps=2, cuts=cuts)
+        loss = residuum_loss(lambda u: x * u, data, lambda n, p: n - p / 2, **options)
+        return jnp.where(jnp.isfinite(loss), loss, 0)
+
+    x = jnp.float32(2)
+    assert jax.grad(guarded)(x, Cuts([True, True])) == 0
+    assert jnp.isnan(jax.grad(guarded)(x, Cuts(1)))
+
+
 @pytest.mark.parametrize("bptt", [1, 2])
 def test_loss_scaling_in_half_precision_belongs_into_the_weights(bptt):
     """The gradient of a segment is rounded to float16 before a factor outside sees it."""
