@@ -277,8 +277,8 @@ def residuum_loss(
 #
 #     state, termₜ = step(params, state, xsₜ),        total = Σₜ weightsₜ · termₜ
 #
-# Only the total has derivatives. The state is cut after each segment of some steps: no gradient
-# crosses from one segment into another. Differentiating a loop over all segments would
+# Only the total is to be differentiated. The state is cut after each segment of some steps: no
+# gradient crosses from one segment into another. Differentiating a loop over all segments would
 # nevertheless store something for each of them, because the loop runs forward to its end before
 # it runs backward. But the gradient of the total is the sum of the gradients of the segments.
 # So `_segments_and_grad` takes value and gradient of one segment, adds the gradient to a sum,
@@ -305,15 +305,15 @@ class Step(NamedTuple):
     call: Callable[[list[Array], State, PyTree], tuple[State, Array]]  # of params, state, x
     is_constant: list[bool]  # for each leaf of the state: whether it is returned as it is
     term_type: Any  # the abstract value of a term
-    is_streamable: bool  # whether the derivative rule below applies to it
+    is_streamable: bool  # no exchange of data with other members, and no `jax.Ref`
 
 
 class Loop(NamedTuple):
-    """How a scan runs. All are numbers of steps."""
+    """How a scan runs, in numbers of steps."""
 
     segment_length: int  # after which the state is cut; if not below `num_steps`: no cut
-    checkpoint: int  # for which one state is stored; 0: all activations are
-    unroll: int  # in one iteration
+    checkpoint: int  # for each so many, one state is stored; if 0, all activations are
+    unroll: int  # for each iteration
 
 
 class Levels(NamedTuple):
@@ -356,12 +356,12 @@ def _segmented_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
     """The scan, in the cheapest way whose derivatives are exact.
 
     - `_plain_scan`, if there is no cut.
-    - `_streamed_scan`, if there is: a gradient stores one segment at a time.
-    - `_segments`, if there is, but the rule of `_streamed_scan` does not apply: a gradient also
-        stores the state before each segment. That is so where a step exchanges data with other
-        members of a `vmap` or of a mesh, and where it makes a `jax.Ref`, which JAX cannot
-        compile inside of a custom rule. (Collectives over the axis of the batch are gone by
-        now: they became sums when the batch was vmapped.)
+    - `_streamed_scan`, if there is one: a gradient stores one segment at a time. Its rule makes
+        an exception for itself, which only the gradient shows.
+    - `_segments`, if there is one, but a step exchanges data with other members of a `vmap` or
+        of a mesh, or makes a `jax.Ref`, which JAX cannot compile inside of a custom rule: a
+        gradient also stores the state before each segment. (Collectives over the axis of the
+        batch are gone by now: they became sums when the batch was vmapped.)
     """
     if loop.segment_length >= _length(arrays.levels):
         return _plain_scan(step, loop, arrays)
@@ -480,7 +480,7 @@ _streamed_scan = jax.custom_jvp(_segments, nondiff_argnums=(0, 1))
 def _streamed_scan_jvp(
     step: Step, loop: Loop, primals: tuple[Arrays], tangents: tuple[Arrays]
 ) -> tuple[Scanned, Scanned]:
-    """The tangent of the total is <gradient, tangents>; nothing else has one.
+    """The tangent of the total is <gradient, tangents>; here, nothing else has one.
 
     This would be wrong if the total depended on arrays of other members, those of a `vmap` or
     of a mesh: the gradient is by the arrays of one member alone. A step with such an exchange
@@ -526,10 +526,10 @@ def _perturbed(primals: PyTree, tangents: PyTree) -> tuple[Any, Any]:
     return wrt, jax.tree.map(to_array, primals, tangents, wrt)
 
 
-# A program is a closed jaxpr. The rule traces its gradient as one to see the collectives in it.
-# Then it evaluates the program as a custom rule of its own: JAX takes that as it is, as long as
-# no tangent enters. Otherwise JAX would trace the loops of the program again, only to find that
-# no tangent enters, and would forget what they rematerialise.
+# A program is a closed jaxpr. The rule traces the gradient as a program to see the collectives
+# in it, and then evaluates the program, by a function that has a custom rule of its own: JAX
+# takes that as it is if no tangent enters. Without a custom rule, JAX would trace the loops in
+# the program again to find that no tangent enters, and would forget what they rematerialise.
 
 
 def _trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
@@ -571,16 +571,16 @@ def _inner_jaxprs(equation: Any) -> list[Any]:
 def _depending_on(total: Array, levels: Levels) -> Levels:
     """`levels` minus zero: a sum over no entries that is made from `total`. XLA drops it.
 
-    This is for a loop of the user's around the whole scan that is differentiated from outside.
-    JAX moves out of such a loop what does not depend on what it carries, and stores it for all
-    levels at once: what a step computes from its weight, mask and inputs alone. `total` is
-    carried from segment to segment, so what depends on it stays where it is.
+    This matters if the whole rollout is in the body of an outer loop that is differentiated.
+    JAX then computes in advance what does not depend on the carry of the outer loop, and stores
+    it for all levels: what a step makes of its weight, mask and inputs alone. `total` does
+    depend on that carry, by way of the parameters, and so do levels minus zero.
     """
     zero = jnp.sum(jnp.broadcast_to(total, 0))
 
     def tie(x: Array) -> Array:
         if _varying_axes(x) != _varying_axes(zero):
-            return x  # or its gradient would no longer be of its own type
+            return x  # whose gradient has to vary over the same axes
         return x ^ zero.astype(bool) if x.dtype == bool else x - zero.astype(x.dtype)
 
     return Levels(levels.weights - zero, jax.tree.map(tie, levels.xs))
@@ -638,8 +638,9 @@ def _scan_pieces(
 ) -> tuple[Any, Any]:
     """A scan over pieces of `length` levels, segments or blocks, whose outputs are by level.
 
-    Pieces are rematerialised (if `body` takes gradients itself, for derivatives of higher order
-    alone), but not the shorter one that is left over at the end: its backward pass is next.
+    Pieces are rematerialised, but not the shorter one that is left over at the end, with which
+    the backward pass begins. (The body of `_segments_and_grad` has the backward pass of a piece
+    in it. There, rematerialisation is for derivatives of higher order alone.)
     """
     num_pieces = _length(levels) // length
     whole, rest = _split(levels, num_pieces * length)
@@ -737,7 +738,7 @@ def _hoist(
 
 def _settle(f: Callable[..., Any], state: State, x: tuple[PyTree, PyTree]) -> tuple[Any, State]:
     """The program of `f`, a closed jaxpr, for `state` in types that `f` preserves."""
-    program: Any = jax.make_jaxpr(f)(state, *x)
+    program: Any = jax.make_jaxpr(f)(state, *x)  # its results are a state and, last, a term
     # Shardings once: while dtypes can only become wider, a sharding may change at every step.
     settled = [*map(_cast, map(_reshard, state, program.out_avals), program.out_avals)]
     while not all(map(is_, settled, state)):  # whatever is settled comes back as it is
@@ -1123,12 +1124,12 @@ def _hint(error: Exception) -> str:
     if "TraceContextError" in message:
         topic = "Dropout" if "Rng" in message else "Batch statistics"
         return f"For NNX modules that change themselves, see '{topic}' in the documentation."
-    if "Reverse-mode differentiation does not work" in message or "to a custom_vjp" in message:
-        return (
-            "With a static cuts.bptt, forward mode needs reverse mode as well, and collectives "
-            "in a backward pass need forward mode. With an array, neither is the case: "
-            "cuts=Cuts(bptt=np.ones(num_rollout_steps, bool))."
-        )
+    needs = "With a static cuts.bptt, {} as well. With an array it does not: {}."
+    array = "cuts=Cuts(bptt=np.ones(num_rollout_steps, bool))"
+    if "Reverse-mode differentiation does not work" in message:
+        return needs.format("forward mode needs reverse mode", array)
+    if "to a custom_vjp" in message:
+        return needs.format("a collective in a backward pass needs forward mode", array)
     return ""
 
 
