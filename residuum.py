@@ -326,7 +326,7 @@ class Levels(NamedTuple):
 class Arrays(NamedTuple):
     """What a scan reads."""
 
-    params: PyTree
+    params: PyTree  # all arrays that the step closed over, integers and keys included
     state: PyTree  # the initial one
     levels: Levels
 
@@ -404,7 +404,9 @@ def _segment(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
 def _segments(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
     """One segment after the other.
 
-    JAX differentiates this exactly, but stores the state before each segment.
+    This is the value of `_streamed_scan`, which is differentiated by a rule. Where the rule
+    does not apply, JAX differentiates this function: exactly, but it stores the state before
+    each segment.
     """
     params, state, levels = arrays
 
@@ -423,7 +425,7 @@ def _segments_and_grad(
     params, state, levels = arrays
     accumulate = partial(_accumulate, step, loop, params)
     variables, _ = _partition(params, wrt.params)
-    # The total varies over the axes of a mesh that a term or a weight varies over.
+    # Like the total, this varies over each axis of a mesh over which a weight or a term varies.
     zero = _vary(jnp.zeros_like(levels.weights[0]), _varying_axes(step.term_type))
     sums = Sums(state, zero, zero, jax.tree.map(jnp.zeros_like, variables))
 
@@ -454,11 +456,11 @@ def _accumulate(
     wrt: Marks,
     sums: Sums,
     levels: Levels,
-) -> tuple[Sums, PyTree, list[Array | None]]:
+) -> tuple[Sums, tuple[Array, Levels], list[Array | None]]:
     """Advances by one segment, and adds its total and its gradient to the sums.
 
-    Also returns what there is for each level, a term and its gradient; and the gradient for the
-    state from which the segment starts.
+    Also returns what there is for each level, its term and the gradient for its arrays; and the
+    gradient for the state from which the segment starts.
     """
     levels = _depending_on(sums.total, levels)
     variables, others = _partition(Arrays(params, sums.state, levels), wrt)
@@ -474,6 +476,7 @@ def _accumulate(
     return sums, (segment.terms, grad.levels), grad.state
 
 
+# The rule returns what `_segments` does: the same structure, dtypes and axes of a mesh.
 _streamed_scan = jax.custom_jvp(_segments, nondiff_argnums=(0, 1))
 
 
@@ -636,7 +639,10 @@ def _scan_blocks(
 def _scan_pieces(
     body: Callable[..., Any], carry: PyTree, levels: Levels, length: int, unroll: int
 ) -> tuple[Any, Any]:
-    """A scan over pieces of `length` levels, segments or blocks, whose outputs are by level.
+    """A scan over pieces of `length` levels: segments or blocks.
+
+    `body` takes a carry and the levels of a piece. It returns the carry and outputs by level,
+    `[length, ...]`, as this function does for all levels.
 
     Pieces are rematerialised, but not the shorter one that is left over at the end, with which
     the backward pass begins. (The body of `_segments_and_grad` has the backward pass of a piece
