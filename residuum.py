@@ -251,8 +251,8 @@ def residuum_loss(
         is_cut = {**static_cuts, **masks_t}
         u_next = next_state(u_prev, inputs_t)
         loss = level_loss(_cut(u_next, is_cut["next"]), _cut(u_prev, is_cut["prev"]), inputs_t)
-        # Arrays and bools cut here, but a static `bptt` is `False` here: it cuts between
-        # segments, see `_segment`.
+        # What cuts here is `prev`, `next`, and a `bptt` that is an array. A static `bptt` cuts
+        # between segments, see `_segment`, and is `False` here.
         return _cut(u_next, is_cut["bptt"]), loss
 
     def batch_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
@@ -394,8 +394,8 @@ def _plain_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
 def _segment(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
     """A plain scan over the steps of one segment, with the state cut at its end.
 
-    This section has no other cut: value and gradient both call this function, and derivatives
-    of higher order differentiate what it does.
+    This section has no other cut of a state: value and gradient both call this function, and
+    derivatives of higher order differentiate what it does.
     """
     segment = _plain_scan(step, loop, arrays)
     return segment._replace(state=_cut(segment.state, True))
@@ -827,7 +827,7 @@ def _is_ref(x: Any) -> bool:
 
 
 #
-# Checks of arguments and of results, at trace time. If you trust both, stop here.
+# Checks of arguments and of results, at trace time
 #
 # A check of an argument returns what the code above works with: static values as those of
 # Python, arrays as strongly typed JAX arrays, a static `bptt` as the length of a segment. An

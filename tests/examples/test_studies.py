@@ -201,6 +201,26 @@ def test_the_documentation_has_the_tables_of_rollout_cost(tmp_path, monkeypatch,
     assert [line for line in page.splitlines() if line.startswith("|")] == tables
 
 
+def test_the_documentation_has_the_rows_of_checkpointed_segments():
+    rows = read_csv(ROOT / "benchmarks" / "checkpointed_segments.csv")
+    by_case = {
+        (f"{row['network']}, {row['cut']}, {row['num_rollout_steps']}", row["baseline"]): row
+        for row in rows
+        if row["derivative"] == "gradient"
+    }
+    page = (ROOT / "docs" / "cost.md").read_text().split("## Checkpointed segments")[1]
+    lines = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == 9
+    for line in lines:
+        case, *cells = line.strip("| ").split(" | ")
+        names = ["residuum", "scan", "segments"]
+        names = [f"{name}, canonical" if "conv" in case else name for name in names]
+        ours, *others = [by_case[case, name] for name in names]
+        megabytes = [f"{float(row['temp_bytes']) / 1e6:.3g}" for row in (ours, *others)]
+        ratios = [f"{float(row['run_s']) / float(ours['run_s']):.2f}" for row in others]
+        assert cells == megabytes + ratios
+
+
 @pytest.mark.parametrize("cut", ["no cut", "bptt=1", "bptt=5"])
 def test_the_baselines_of_rollout_cost_have_the_same_loss_and_gradient(cut):
     import rollout_cost
