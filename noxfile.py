@@ -92,7 +92,7 @@ def annotations(session):
 
 @nox.session(python=NEWEST)
 def mutants(session):
-    """Mutation testing of residuum.py, but for the section Validation (hours)."""
+    """Mutation testing of residuum.py, but for the checks at its end (hours)."""
     session.install("cosmic-ray", *requirements("test"), env={"UV_COMPILE_BYTECODE": "1"})
     copy, config, results = Path(session.create_tmp(), "copy"), "tests/mutants.toml", "results"
     fresh = "continue" not in session.posargs
@@ -104,7 +104,9 @@ def mutants(session):
             session.run("cosmic-ray", "baseline", config)
             session.run("cosmic-ray", "init", config, results)
             session.run("cr-filter-operators", results, config)
-            lines = Path("residuum.py").read_text().split("\n# Validation")[0].splitlines()
+            lines = (
+                Path("residuum.py").read_text().split("\n# Checks of arguments")[0].splitlines()
+            )
             typing = re.compile(r"Literal|TypedDict|^ *\*,$")  # no code, nor is a lone `*`
             rows = [str(n) for n, line in enumerate(lines, 1) if not typing.search(line)]
             with open(config, "a") as file:

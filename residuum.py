@@ -248,7 +248,7 @@ def residuum_loss(
         return call("time_level_loss", time_level_loss, {"residuum": residuum}, _check_loss)
 
     def time_step(u_prev: State, masks_t: Masks, inputs_t: list[Array]) -> tuple[State, Array]:
-        is_cut = {**static_cuts, **masks_t}
+        is_cut: dict[str, bool | Array] = {**static_cuts, **masks_t}
         u_next = next_state(u_prev, inputs_t)
         loss = level_loss(_cut(u_next, is_cut["next"]), _cut(u_prev, is_cut["prev"]), inputs_t)
         # What cuts here is `prev`, `next`, and a `bptt` that is an array. A static `bptt` cuts
@@ -888,10 +888,10 @@ def _check_axis_name(x: object) -> None:
         raise _error(TypeError, "axis_name must be hashable", x) from None
 
 
-def _check_cuts(cuts: object, num_steps: int) -> tuple[int, dict[str, bool | Array], Masks]:
+def _check_cuts(cuts: object, num_steps: int) -> tuple[int, dict[str, bool], Masks]:
     """The length of a segment; and what is cut at a level, by field: bools, and arrays.
 
-    A `bptt` that is an int becomes the length of a segment, and cuts at no level.
+    A `bptt` that is an int or a bool becomes the length of a segment, and cuts at no level.
     """
     if not isinstance(cuts, Cuts):
         raise _error(TypeError, "cuts must be a Cuts(bptt, prev, next)", cuts)
@@ -900,7 +900,7 @@ def _check_cuts(cuts: object, num_steps: int) -> tuple[int, dict[str, bool | Arr
     if isinstance(bptt, int):  # as every bool is
         segment_length = _check_bool_or_int("cuts.bptt", bptt, false=num_steps, true=1)
         cuts = cuts._replace(bptt=False)
-    static: dict[str, bool | Array] = {}
+    static: dict[str, bool] = {}
     masks: Masks = {}
     for field, cut in cuts._asdict().items():
         cut = _to_python(cut)

@@ -53,7 +53,7 @@ What this shows on two CPU cores:
     python benchmarks/rollout_cost.py            everything, about 45 minutes on two cores
     python benchmarks/rollout_cost.py --quick    a selection, a minute (PyTorch: one more)
     python benchmarks/rollout_cost.py --baselines residuum scan segments
-                                                 these anew, and the other rows as they were
+                                                 only these; the other rows are kept
     python benchmarks/draw.py                    the figure and the tables from the CSV file
 """
 
@@ -520,8 +520,7 @@ FIELDS = [*CASE, "baseline", "trace_s", "compile_s", "temp_bytes", "run_s", "mac
 
 
 def merge(old_rows, new_rows):
-    """The new rows in place of old ones of the same case and baseline, or else behind all of
-    their case."""
+    """Replaces old rows of the same case and baseline; other new rows end their case."""
     case = lambda row: tuple(str(row[field]) for field in CASE)
     rows = {(case(row), row["baseline"]): row for row in [*old_rows, *new_rows]}
     cases = list(dict.fromkeys(map(case, rows.values())))

@@ -257,7 +257,7 @@ def test_a_factor_outside_comes_after_an_overflow():
 
 
 @pytest.mark.parametrize("bptt", [1, 2])
-def test_loss_scaling_in_half_precision_belongs_into_the_weights(bptt):
+def test_loss_scaling_in_half_precision_belongs_in_the_weights(bptt):
     """The gradient of a segment is rounded to float16 before a factor outside sees it."""
     scale = 2.0**14
     data = jnp.full((1, 1, 64), 2.0**-13, jnp.float16)
