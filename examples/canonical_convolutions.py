@@ -11,7 +11,7 @@ them, `ConvCanonicalization`, visits a program's entry computation and not the b
 
 It leaves alone what XLA has no fast kernels for (float64, complex numbers), and grouped
 convolutions, for which the kernels are slower than the loops. On an accelerator the transposes
-are in the way. benchmarks/convolutions_on_cpu.py measures it.
+are in the way. benchmarks/convolutions_on_cpu/run.py measures it.
 """
 
 import contextlib
