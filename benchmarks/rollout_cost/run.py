@@ -58,11 +58,11 @@ What this shows on two CPU cores:
 """
 
 import collections
-import random
 import re
 import statistics
 import time
 import warnings
+from functools import partial
 
 import jax
 import numpy as np
@@ -132,7 +132,7 @@ def measure(
         if baseline in baselines:
             programs[baseline], rows[baseline] = program, {}
     if "torch.compile" in programs:
-        calls = [time_call(programs["torch.compile"]) for _ in range(3)]
+        calls = [machine.time_of(programs["torch.compile"]) for _ in range(3)]
         rows["torch.compile"]["compile_s"] = calls[0] - calls[-1]
 
     values = {baseline: flatten(program()) for baseline, program in programs.items()}
@@ -146,14 +146,10 @@ def measure(
     limit_steps = min(num_steps, 10)
     if derivative == "gradient" and "limit" in baselines:
         programs["limit"], rows["limit"] = lambda: [limit() for _ in range(limit_steps)], {}
-    times = {baseline: [] for baseline in programs}
     deadline = time.perf_counter() + seconds
-    while unfinished := [p for p in programs if not is_measured(times[p], deadline)]:
-        # In random order: who runs after a program of as much memory finds it mapped already.
-        for baseline in random.sample(unfinished, len(unfinished)):
-            times[baseline].append(time_call(programs[baseline]))
-    for baseline, samples in times.items():
-        rows[baseline]["run_s"] = statistics.median(samples)
+    medians = machine.medians_in_turns(programs, partial(is_measured, deadline))
+    for baseline, median in medians.items():
+        rows[baseline]["run_s"] = median
         step_s[re.sub(r"=\d+", "", baseline)] = rows[baseline]["run_s"] / num_steps
     if "limit" in rows:
         rows["limit"]["run_s"] *= num_steps / limit_steps
@@ -161,13 +157,7 @@ def measure(
     return [case | dict(baseline=baseline, **row) for baseline, row in rows.items()]
 
 
-def time_call(program):
-    start = time.perf_counter()
-    program()
-    return time.perf_counter() - start
-
-
-def is_measured(samples, deadline):
+def is_measured(deadline, samples):
     run_time = statistics.median(samples or [0])
     num_rounds = next(rounds for seconds, rounds in ROUNDS.items() if run_time >= seconds)
     time_is_up = time.perf_counter() > deadline
