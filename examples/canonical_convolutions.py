@@ -1,4 +1,4 @@
-"""A function to copy: it makes convolutions in loops on a CPU about as fast as outside of loops.
+"""A function to copy: convolutions in loops on a CPU become about as fast as outside of loops.
 
 On a CPU, XLA compiles most convolutions in a loop, such as a rollout, to code that takes many
 times as long as outside (https://github.com/jax-ml/jax/issues/12868). A rollout of 1D
