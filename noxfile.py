@@ -158,10 +158,9 @@ def benchmarks(session):
     session.install(*requirements("benchmarks"), ".")
     folder = session.create_tmp()
     quick = ["--networks", "MLP", "--steps", "10", "--seconds", "0.5", "--cuts", "bptt=5"]
-    csv = f"{folder}/cost.csv"
-    session.run("python", "benchmarks/rollout_cost.py", *quick, "--output", csv)
-    figure = ["--cut", "bptt=5", "--steps", "10", "--output", f"{folder}/cost.png"]
-    session.run("python", "benchmarks/draw.py", "--input", csv, *figure)
+    session.run("python", "-m", "benchmarks.rollout_cost.run", *quick, "--output", folder)
+    figure = ["--quick", "--cut", "bptt=5", "--input", folder, "--output", folder]
+    session.run("python", "-m", "benchmarks.rollout_cost.draw", *figure)
 
 
 @nox.session(python=NEWEST)

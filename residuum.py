@@ -178,9 +178,9 @@ def residuum_loss(
     - `num_rollout_steps`: static number of autoregressive steps `T`, at least 1.
     - `cuts`: where gradients stop, see `Cuts`. With a static `bptt` of `k` steps, a gradient
         takes the memory of `k` steps, however long the rollout, and so does forward over
-        reverse. Reverse over reverse also stores a state for each segment. So does a gradient
-        if your functions exchange data with other members of an outer `vmap` or of a mesh, by
-        collectives, or if a parameter does not vary over a `jax.shard_map(check_vma=True)`.
+        reverse. Reverse over reverse also stores a state for each segment. A gradient does so,
+        too, if your functions exchange data with other members of an outer `vmap` or of a mesh,
+        by collectives, or if a parameter does not vary over a `jax.shard_map(check_vma=True)`.
         Forward mode needs functions that can be differentiated in reverse mode, so no
         `while_loop`. A factor outside of the loss comes after the gradient of a segment has
         been rounded, and cannot undo its underflow in float16 or its overflow: put the factor
@@ -277,12 +277,15 @@ def residuum_loss(
 #
 #     state, termₜ = step(params, state, xsₜ),        total = Σₜ weightsₜ · termₜ
 #
-# Only the total is to be differentiated. The state is cut after each segment of some steps: no
-# gradient crosses from one segment into another. Differentiating a loop over all segments would
-# nevertheless store something for each of them, because the loop runs forward to its end before
-# it runs backward. But the gradient of the total is the sum of the gradients of the segments.
-# So `_segments_and_grad` takes value and gradient of one segment, adds the gradient to a sum,
-# cuts the state, and goes on. It stores the sum, and the activations of one segment.
+# Of the results, only the total may be differentiated; the caller stops the gradients of the
+# terms and of the final state, for which the rule below has no tangents.
+#
+# The state is cut after each segment of some steps: no gradient crosses from one segment into
+# another. Differentiating a loop over all segments would nevertheless store something for each
+# of them, because the loop runs forward to its end before it runs backward. But the gradient
+# of the total is the sum of the gradients of the segments. So `_segments_and_grad` takes value
+# and gradient of one segment, adds the gradient to a sum, cuts the state, and goes on. It
+# stores the sum, and the activations of one segment.
 #
 # `_streamed_scan_jvp` makes a derivative rule of it. If anything is differentiated, the forward
 # pass computes the gradient as well, and the tangent of the total is <gradient, tangents>. This
@@ -296,7 +299,7 @@ def residuum_loss(
 State = list[Array]  # the leaves of a state: of one sample, `[...]`, or of all, `[batch, ...]`
 Masks = dict[str, Array]  # the cuts that are arrays, by field
 
-R = TypeVar("R")
+R = TypeVar("R")  # what a function returns
 
 
 class Step(NamedTuple):
@@ -317,7 +320,8 @@ class Loop(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """What belongs to the steps, `[num_steps, ...]`; or to a single one, without that axis."""
+    """What belongs to the steps, `[num_steps, ...]`; to a single one, without that axis; or to
+    pieces of some steps, `[num_pieces, length, ...]`."""
 
     weights: PyTree
     xs: PyTree
@@ -356,12 +360,13 @@ def _segmented_scan(step: Step, loop: Loop, arrays: Arrays) -> Scanned:
     """The scan, in the cheapest way whose derivatives are exact.
 
     - `_plain_scan`, if there is no cut.
-    - `_streamed_scan`, if there is one: a gradient stores one segment at a time. Its rule makes
-        an exception for itself, which only the gradient shows.
-    - `_segments`, if there is one, but a step exchanges data with other members of a `vmap` or
-        of a mesh, or makes a `jax.Ref`, which JAX cannot compile inside of a custom rule: a
-        gradient also stores the state before each segment. (Collectives over the axis of the
-        batch are gone by now: they became sums when the batch was vmapped.)
+    - `_streamed_scan`, if there is one: a gradient stores one segment at a time. If data are
+        exchanged in the backward pass alone, its rule falls back to `_segments` by itself.
+    - `_segments`, if there is one, but the step exchanges data with other members of a `vmap`
+        or of a mesh, for which the rule would be wrong; or makes a `jax.Ref`, since JAX does
+        not compile one inside of a custom rule. A gradient also stores the state before each
+        segment. (Collectives over the axis of the batch are gone by now: they became sums when
+        the batch was vmapped.)
     """
     if loop.segment_length >= _length(arrays.levels):
         return _plain_scan(step, loop, arrays)
@@ -443,6 +448,8 @@ def _segments_and_grad(
         sums, output, _ = accumulate(wrt, sums, piece)
         return sums, output
 
+    # Each piece has its backward pass in it, so its rematerialisation by `_scan_pieces` is for
+    # derivatives of higher order alone.
     sums, output = _scan_pieces(body, sums, levels, loop.segment_length, loop.unroll)
     terms, levels_grad = _concatenate(*outputs, output)
     grad = Arrays(sums.params_grad, state_grad, levels_grad)
@@ -471,12 +478,15 @@ def _accumulate(
 
     (_, segment), grad = jax.value_and_grad(total_of_segment, has_aux=True)(variables)
     total, excess = _add(sums.total, sums.excess, segment.total)
+    # A compensated sum of the gradient would need another copy of the parameters.
     params_grad = jax.tree.map(jnp.add, sums.params_grad, grad.params)
     sums = Sums(segment.state, total, excess, params_grad)
     return sums, (segment.terms, grad.levels), grad.state
 
 
-# The rule returns what `_segments` does: the same structure, dtypes and axes of a mesh.
+# The rule returns what `_segments` does: the same structure and dtypes; and each result varies
+# over the same axes of a mesh, and is batched by a `vmap` in the same cases. So it must be made
+# of the same arrays in both, even if its value is a constant.
 _streamed_scan = jax.custom_jvp(_segments, nondiff_argnums=(0, 1))
 
 
@@ -487,10 +497,11 @@ def _streamed_scan_jvp(
 
     This would be wrong if the total depended on arrays of other members, those of a `vmap` or
     of a mesh: the gradient is by the arrays of one member alone. A step with such an exchange
-    of data does not get here. What is left are exchanges of cotangents, which only the program
-    of the gradient shows: a custom rule with a collective; and an array that is the same for
-    all members of a `jax.shard_map(check_vma=True)`, whose gradient is a sum over the mesh. In
-    that case, the tangent is the one that JAX makes of `_segments`.
+    of data does not get here. But two exchanges are in the backward pass alone, where only the
+    program of the gradient shows them: a collective in the backward pass of a custom rule; and
+    the sum over the mesh that is the gradient for an array which is the same for all members of
+    a `jax.shard_map(check_vma=True)`. If there is either, the tangent is the one that JAX makes
+    of `_segments`.
     """
     (wrt,), (nonzero_tangents,) = _perturbed(primals, tangents)
     with _note(_hint):
@@ -529,14 +540,11 @@ def _perturbed(primals: PyTree, tangents: PyTree) -> tuple[Any, Any]:
     return wrt, jax.tree.map(to_array, primals, tangents, wrt)
 
 
-# A program is a closed jaxpr. The rule traces the gradient as a program to see the collectives
-# in it, and then evaluates the program, by a function that has a custom rule of its own: JAX
-# takes that as it is if no tangent enters. Without a custom rule, JAX would trace the loops in
-# the program again to find that no tangent enters, and would forget what they rematerialise.
-
-
 def _trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
-    """The program of `f(*args)`, and the structure of its result."""
+    """The program of `f(*args)`, a closed jaxpr, and the structure of its result.
+
+    The rule reads the collectives off the program before it evaluates it.
+    """
     program, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     return program, jax.tree.structure(shapes)
 
@@ -545,6 +553,10 @@ def _run(program: Any, *leaves: Array) -> list[Array]:
     return eval_jaxpr(program.jaxpr, program.consts, *leaves)
 
 
+# In reverse mode, JAX runs the rule under partial evaluation, which traces every loop once more
+# to separate what depends on tangents, even if nothing does, and forgets what the loop
+# rematerialises: derivatives of higher order would then store it. A function with a custom rule
+# is kept as it is if none of its arguments depends on a tangent.
 _evaluate = jax.custom_jvp(_run, nondiff_argnums=(0,))
 _evaluate.defjvp(
     lambda program, *duals: _jvp(partial(_run, program), *duals), symbolic_zeros=True
@@ -572,18 +584,21 @@ def _inner_jaxprs(equation: Any) -> list[Any]:
 
 
 def _depending_on(total: Array, levels: Levels) -> Levels:
-    """`levels` minus zero: a sum over no entries that is made from `total`. XLA drops it.
+    """The same `levels`, but computed from `total`, so that JAX takes them to depend on it.
 
     This matters if the whole rollout is in the body of an outer loop that is differentiated.
-    JAX then computes in advance what does not depend on the carry of the outer loop, and stores
-    it for all levels: what a step makes of its weight, mask and inputs alone. `total` does
-    depend on that carry, by way of the parameters, and so do levels minus zero.
+    JAX computes in advance what does not depend on the carry of that loop, and stores it for
+    all levels: here, what a step makes of its weight, mask and inputs alone. `total` does
+    depend on the carry, by way of the parameters.
+
+    A zero is subtracted that is made from `total`: a sum over no entries, which is 0 even where
+    `0 * total` is NaN. (To add it would turn -0.0 into 0.0.) XLA removes the subtraction.
     """
-    zero = jnp.sum(jnp.broadcast_to(total, 0))
+    zero = jnp.sum(jnp.broadcast_to(total, (0,)))
 
     def tie(x: Array) -> Array:
         if _varying_axes(x) != _varying_axes(zero):
-            return x  # whose gradient has to vary over the same axes
+            return x  # the step was traced for an `x` that varies over its own axes alone
         return x ^ zero.astype(bool) if x.dtype == bool else x - zero.astype(x.dtype)
 
     return Levels(levels.weights - zero, jax.tree.map(tie, levels.xs))
@@ -599,7 +614,8 @@ def _add(total: Array, excess: Array, x: Array) -> tuple[Array, Array]:
     # Without limits, the excess of an infinite sum would be NaN, and so would be the next sum.
     limit: Any = jnp.finfo(total.dtype).max  # type: ignore[no-untyped-call]
     after, before, added = [jax.lax.clamp(-limit, y, limit) for y in (new_total, total, x)]
-    return new_total, jax.lax.stop_gradient((after - before) - added)
+    excess = (after - before) - added
+    return new_total, jax.lax.stop_gradient(excess)  # a rounding error has no derivative
 
 
 def _weighted_sum(levels: Levels, terms: Array) -> Array:
@@ -641,12 +657,11 @@ def _scan_pieces(
 ) -> tuple[Any, Any]:
     """A scan over pieces of `length` levels: segments or blocks.
 
-    `body` takes a carry and the levels of a piece. It returns the carry and outputs by level,
-    `[length, ...]`, as this function does for all levels.
+    `body` takes a carry and the levels of a piece. It returns the carry, and outputs that this
+    function concatenates along their first axis: by level, `[length, ...]`.
 
     Pieces are rematerialised, but not the shorter one that is left over at the end, with which
-    the backward pass begins. (The body of `_segments_and_grad` has the backward pass of a piece
-    in it. There, rematerialisation is for derivatives of higher order alone.)
+    the backward pass begins.
     """
     num_pieces = _length(levels) // length
     whole, rest = _split(levels, num_pieces * length)

@@ -2,9 +2,9 @@
 
 On a forge that renders Markdown, the pages may be read as they are, so they link to
 `../assets/...` and `../examples/...`. Here figures become part of the site, tables of
-benchmarks/ appear where a line links to them, and other files are linked in the repository,
-whose address is `project.urls.Repository` of pyproject.toml. README is the front page. Formulas
-become MathML, which browsers show without a script.
+benchmarks/ and studies/ appear where a line links to them, and other files are linked in the
+repository, whose address is `project.urls.Repository` of pyproject.toml. README is the front
+page. Formulas become MathML, which browsers show without a script.
 """
 
 import html
@@ -63,7 +63,10 @@ def on_page_markdown(markdown, page, config, files):
         return f"[{text}]({config.repo_url}/blob/main/{path})" if config.repo_url else text
 
     markdown = re.sub(
-        r"^\[[^\[\]]*\]\(\.\./(benchmarks/\w+\.md)\)$", table, markdown, flags=re.MULTILINE
+        r"^\[[^\[\]]*\]\(\.\./((?:benchmarks|studies)/\w+/\w+\.md)\)$",
+        table,
+        markdown,
+        flags=re.MULTILINE,
     )
     return re.sub(r"\[([^\[\]]*)\]\(\.\./([^)#]+)\)", link, markdown)
 

@@ -12,7 +12,7 @@ of loops. `canonical_convolutions` does its work: it puts every convolution betw
 
 It leaves alone what XLA has no fast kernels for (float64, complex numbers), and grouped
 convolutions, for which the kernels are slower than the loops. On an accelerator the transposes
-are in the way. benchmarks/convolutions_on_cpu.py measures it.
+are in the way. benchmarks/convolutions_on_cpu/run.py measures it.
 """
 
 import contextlib

@@ -36,7 +36,16 @@ def program_environment(*folders):
 
 def run_program(path, *arguments, cwd):
     """What a program of the project prints, in a process and a JAX of its own."""
-    command = [sys.executable, str(ROOT / path), *arguments]
+    return run_python(str(ROOT / path), *arguments, cwd=cwd)
+
+
+def run_module(name, *arguments, cwd):
+    """The same for `python -m name`."""
+    return run_python("-m", name, *arguments, cwd=cwd)
+
+
+def run_python(*arguments, cwd):
+    command = [sys.executable, *arguments]
     options = dict(env=program_environment(), capture_output=True, text=True, cwd=cwd)
     result = subprocess.run(command, **options)
     assert result.returncode == 0, result.stdout + result.stderr

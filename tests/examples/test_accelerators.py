@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
-from study import read_csv
 
+from benchmarks.tables import read_csv
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, assert_close, FLAGS, SINGLE_TOLERANCE, slow
 from tests.common import ROOT
@@ -75,7 +75,7 @@ def as_users_have_it():
 
 def describe(target, network, cut, num_steps, way="shard_map", loss="residuum", **options):
     """What the benchmark says of a program."""
-    import accelerators
+    from benchmarks.accelerators import programs as accelerators
 
     mlp = accelerators.NETWORKS["MLP"]
     accelerators.NETWORKS["MLP, twice the batch"] = mlp._replace(samples=2 * mlp.samples)
@@ -146,8 +146,9 @@ def inputs_of_every_kind(make, batch=8):
 
 def compile_every_option(target, cut):
     """Names of the dtypes that each program returns."""
-    import accelerators
     import numpy as np
+
+    from benchmarks.accelerators import programs as accelerators
 
     topology = accelerators.make_topology(target)
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("batch",))
@@ -329,7 +330,7 @@ def test_many_chips_are_as_few(compiler, target):
 
 
 #
-# The tables of benchmarks/accelerators_*.md are those of benchmarks/accelerators.csv
+# The tables of benchmarks/accelerators are those of its rows
 #
 
 PROGRAMS = {  # loss, cut, options
@@ -353,8 +354,10 @@ OF_2D += [("`checkpoint=True`", 1000), ("`bptt=1`", 1000)]
 
 def figures_of_the_page():
     """Target, network, program, number of steps, and what the tables say of it."""
-    names = ("accelerators_2d", "accelerators_3d_h100", "accelerators_3d_tpu")
-    page = "".join((ROOT / "benchmarks" / f"{name}.md").read_text() for name in names)
+    names = ("table_2d", "table_3d_h100", "table_3d_tpu")
+    page = "".join(
+        (ROOT / "benchmarks" / "accelerators" / f"{name}.md").read_text() for name in names
+    )
     tables = (
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
         for table in re.findall(r"(?:^\|.*\|\n)+", page, re.MULTILINE)
@@ -371,7 +374,7 @@ def figures_of_the_page():
 
 
 def test_the_page_has_the_figures_of_the_file():
-    rows = read_csv(ROOT / "benchmarks" / "accelerators.csv")
+    rows = read_csv(ROOT / "benchmarks" / "accelerators" / "rows.csv")
     rows = [row for row in rows if row["way"] in ("one chip", "shard_map")]
     figures = [figure for figure in figures_of_the_page() if figure[-1]]
     assert len(figures) == 20 + 14 + 17

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from canonical_convolutions import _canonical, canonical_convolutions
-from convolutions_on_cpu import ConvNet, heat_residuum, UNet
 from jax import export
 from jax.sharding import Mesh, PartitionSpec as P
 
+from benchmarks.convolutions_on_cpu.run import ConvNet, heat_residuum, UNet
 from residuum import Cuts, residuum_loss
 from test_residuum import also_slow, slow
 from tests.common import config, equations, primitives

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shallow_water
-import shallow_water_study as study
 
+from benchmarks.tables import read_csv
+from studies import train_and_tabulate
+from studies.shallow_water import run as study
 from test_residuum import slow
 from tests.common import ROOT
 
@@ -153,8 +155,6 @@ def test_winds_have_their_size_and_memory():
 # The study
 #
 
-STUDY = ROOT / "benchmarks" / "shallow_water.csv"
-
 
 def test_channel_and_square_of_the_study():
     channel = study.rectangle(0.5, width=8)
@@ -183,8 +183,8 @@ def test_mass_error_is_relative_to_the_typical_elevation():
 
 
 def test_the_study_reaches_its_goals():
-    rows = study.study.read_csv(STUDY)
-    medians = lambda name: study.published.medians(rows, name)
+    rows = read_csv(ROOT / "studies" / "shallow_water" / "rows.csv")
+    medians = lambda name: train_and_tabulate.medians(rows, name)
     ours = [row for row in rows if row["model"] == study.OURS]
     assert [row["seed"] for row in ours] == ["0", "1", "2"]
     assert medians("exact_50")[study.OURS][0] <= 0.005
@@ -195,19 +195,6 @@ def test_the_study_reaches_its_goals():
     assert all(abs(float(row["set_up"]) - 1) < 0.005 for row in ours)
     assert all(float(row["gyre"]) < 1e-3 and float(row["gyre_centre"]) < 0.45 for row in ours)
     assert all(float(row["seconds"]) <= 300 for row in ours)
-
-
-@pytest.mark.parametrize("which", [*study.TABLES, "_ablation"])
-def test_the_documentation_has_the_tables_of_the_study(which):
-    path, tables = STUDY, study.TABLES
-    if which == "_ablation":
-        path, tables = (
-            STUDY.with_stem("shallow_water_ablation"),
-            {which: study.ABLATION_TABLES[""]},
-        )
-    table = study.published.markdown(study.study.read_csv(path), tables[which])
-    ending = "" if which == "_ablation" else which
-    assert table in path.with_stem(path.stem + ending).with_suffix(".md").read_text()
 
 
 @slow

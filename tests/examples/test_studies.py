@@ -1,52 +1,139 @@
-"""The studies in benchmarks/ run in quick mode, and they print and draw what the documentation
-takes from them. What they have in common is benchmarks/study.py."""
+"""Studies and benchmarks run in quick mode, and write the rows, tables and figures that the
+documentation takes from them. What they share is benchmarks/tables.py and machine.py."""
 
 import re
-from functools import partial
 
 import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-import study
-from study import read_csv
 
+from benchmarks import machine, tables
+from benchmarks.accelerators import draw as accelerators
+from benchmarks.convolutions_on_cpu import run as convolutions_on_cpu
+from benchmarks.rollout_cost import (
+    baselines,
+    draw as rollout_cost_figure,
+    networks,
+    run as rollout_cost,
+)
+from benchmarks.tables import read_csv
+from benchmarks.tiny_networks import run as tiny_networks
+from studies import train_and_tabulate
+from studies.ar_densed_burgers import run as ar_densed_burgers
+from studies.ar_densed_kuramoto_sivashinsky import run as ar_densed_kuramoto_sivashinsky
+from studies.gray_scott import run as gray_scott
+from studies.shallow_water import run as shallow_water
+from studies.superiority import run as superiority
+from studies.which_cut import draw as which_cut
 from test_residuum import slow
-from tests.common import ROOT
-from tests.examples.test_examples import run_example
+from tests.common import ROOT, run_module
+
+
+STUDIES, BENCHMARKS = ROOT / "studies", ROOT / "benchmarks"
+ROWS = sorted([*STUDIES.rglob("*.csv"), *BENCHMARKS.rglob("*.csv")])
+
+
+def name_of(path):
+    return f"{path.parent.name}, {path.stem}"
 
 
 #
-# What the studies share
+# Rows, tables, the machine
 #
 
 
-TABLES = sorted((ROOT / "benchmarks").glob("*.csv"))
+@pytest.mark.parametrize("path", ROWS, ids=name_of)
+def test_rows_that_are_read_and_written_again_have_the_same_bytes(path, tmp_path):
+    tables.write_csv(tmp_path / "rows.csv", read_csv(path))
+    assert (tmp_path / "rows.csv").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_a_table_that_is_read_and_written_again_has_the_same_bytes(path, tmp_path):
-    study.write_csv(tmp_path / "table.csv", read_csv(path))
-    assert (tmp_path / "table.csv").read_bytes() == path.read_bytes()
+def test_rows_have_all_columns_even_where_some_are_lacking(tmp_path):
+    tables.write_csv(tmp_path / "rows.csv", [dict(b=1), dict(a="x, y", b=2)], ["a", "b"])
+    assert read_csv(tmp_path / "rows.csv") == [dict(a="", b="1"), dict(a="x, y", b="2")]
 
 
-def test_a_table_has_all_columns_even_where_rows_lack_some(tmp_path):
-    path = tmp_path / "new folder" / "table.csv"
-    study.write_csv(path, [dict(b=1), dict(a="x, y", b=2)], ["a", "b"])
-    assert read_csv(path) == [dict(a="", b="1"), dict(a="x, y", b="2")]
+def test_a_table_takes_the_place_of_the_old_one_below_the_text(tmp_path):
+    path = tmp_path / "table.md"
+    path.write_text("# Title\n\nText.\n\n| old |\n| --- |\n")
+    tables.write_table(path, tables.markdown(["new", "x"], [["a", 1]]))
+    assert path.read_text() == "# Title\n\nText.\n\n| new | x |\n| --- | ---: |\n| a | 1 |\n"
+
+
+@pytest.mark.parametrize(
+    "options, in_the_project", [("", True), ("--quick", False), ("--output new/folder", False)]
+)
+def test_a_quick_run_writes_nothing_into_the_project(
+    options, in_the_project, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    args = tables.make_parser("", quick="").parse_args(options.split())
+    folders = tables.output_folders(args, which_cut.__file__)
+    expected = (STUDIES / "which_cut", ROOT / "assets")
+    assert (folders == expected) == in_the_project
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_numbers_have_three_digits_and_a_prefix():
     numbers = {0.00153: "1.53 ms", 0.9996: "1 s", 2e-7: "0.2 µs", 20: "20 s", 4.5e12: "4.5 Ts"}
-    assert {x: study.with_prefix(x, "s") for x in numbers} == numbers
+    assert {x: tables.with_prefix(x, "s") for x in numbers} == numbers
 
 
 def test_a_machine_has_a_processor_and_versions():
-    processor, *cores, of_jax, of_pytest = study.machine("2 cores", pytest).split(", ")
+    processor, *cores, of_jax, of_pytest = machine.describe("2 cores", pytest).split(", ")
     assert processor
     assert cores == (["2 cores"] if jax.default_backend() == "cpu" else [])
     assert of_jax == f"jax {jax.__version__}" and of_pytest == f"pytest {pytest.__version__}"
+
+
+#
+# The tables that the documentation shows are those of the rows
+#
+
+with_seeds = train_and_tabulate.markdown
+TABLES = {  # Markdown file: rows, and the function that makes the table of them
+    "studies/ar_densed_burgers/table": ("rows", with_seeds, ar_densed_burgers.COLUMNS),
+    "studies/ar_densed_burgers/ablation": (
+        "ablation",
+        with_seeds,
+        ar_densed_burgers.ABLATION_COLUMNS,
+    ),
+    "studies/ar_densed_kuramoto_sivashinsky/table": (
+        "rows",
+        with_seeds,
+        ar_densed_kuramoto_sivashinsky.COLUMNS,
+    ),
+    "studies/ar_densed_kuramoto_sivashinsky/ablation": (
+        "ablation",
+        with_seeds,
+        ar_densed_kuramoto_sivashinsky.ABLATION_COLUMNS,
+    ),
+    "studies/superiority/table": ("rows", with_seeds, superiority.COLUMNS),
+    "studies/shallow_water/ablation": ("ablation", with_seeds, shallow_water.ABLATION_COLUMNS),
+    **{
+        f"studies/shallow_water/{name}": ("rows", with_seeds, columns)
+        for name, columns in shallow_water.TABLES.items()
+    },
+    "studies/gray_scott/ablation": ("ablation", gray_scott.markdown),
+    "studies/which_cut/table": ("rows", which_cut.markdown),
+    "benchmarks/convolutions_on_cpu/table": ("rows", convolutions_on_cpu.markdown),
+    "benchmarks/rollout_cost/table": (
+        "rows",
+        lambda rows: rollout_cost_figure.all_tables(rollout_cost_figure.as_numbers(rows)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_the_documentation_is_that_of_its_rows(name):
+    path = ROOT / f"{name}.md"
+    stem, markdown, *columns = TABLES[name]
+    rows = read_csv(path.with_name(f"{stem}.csv"))
+    shown = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    table = markdown(rows, *columns).splitlines()
+    assert shown == [line for line in table if line] and len(shown) > 4
 
 
 #
@@ -54,15 +141,15 @@ def test_a_machine_has_a_processor_and_versions():
 #
 
 
-def run_study(name, folder, *arguments, figure=True):
-    """Returns the lines that it prints, once it has drawn its figure, if it has one."""
-    path = folder / "figure.png"
-    options = ("--quick", "--output", str(path), *arguments)
-    lines = run_example(ROOT / "benchmarks" / name, *options, cwd=folder).splitlines()
-    if not figure:
-        return lines
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-    assert f"Figure: {path}" in lines
+def run_quickly(name, folder, *arguments, figure=True):
+    """Returns the lines that a program prints, once it has drawn its figure, if it has one."""
+    options = ("--quick", "--output", str(folder), *arguments)
+    lines = run_module(name, *options, cwd=folder).splitlines()
+    if figure:
+        [path] = folder.glob("*.png")
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+        assert f"Figure: {path}" in lines
+        path.unlink()
     return lines
 
 
@@ -73,100 +160,87 @@ def cells(lines, name):
 
 
 @slow
-def test_published_kuramoto_sivashinsky(tmp_path):
-    import published_kuramoto_sivashinsky as ks
-
-    csv = tmp_path / "scores.csv"
-    lines = run_study("published_kuramoto_sivashinsky", tmp_path, "--csv", str(csv))
-    rows = read_csv(csv)
+def test_ar_densed_kuramoto_sivashinsky(tmp_path):
+    ks = ar_densed_kuramoto_sivashinsky
+    lines = run_quickly(ks.__name__, tmp_path)
+    rows = read_csv(tmp_path / "rows.csv")
     models = ["persistence", ks.PUBLISHED, *ks.MODELS, ks.EXACT, "solver"]
     assert [row["model"] for row in rows] == models
     errors = {row["model"]: float(row["mse_1"]) for row in rows[:-1]}
     assert errors[ks.EXACT] < 1e-5 < errors[ks.PUBLISHED] < min(errors[m] for m in ks.MODELS)
     assert min(errors, key=errors.get) == ks.EXACT
     assert float(rows[-1]["std"]) == pytest.approx(1.31, rel=0.05)
-    assert ks.published.markdown(rows, ks.COLUMNS) in "\n".join(lines)
+    assert with_seeds(rows, ks.COLUMNS) in "\n".join(lines)
+    assert with_seeds(rows, ks.COLUMNS) in (tmp_path / "table.md").read_text()
 
-    arguments = ("--ablation", "--csv", str(csv))
-    lines = run_study("published_kuramoto_sivashinsky", tmp_path, *arguments, figure=False)
-    assert [row["model"] for row in read_csv(csv)] == list(ks.ABLATION)[:2]
+    run_quickly(ks.__name__, tmp_path, "--ablation", figure=False)
+    assert [row["model"] for row in read_csv(tmp_path / "ablation.csv")] == list(ks.ABLATION)[
+        :2
+    ]
 
 
 @slow
-def test_published_burgers(tmp_path):
-    import published_burgers
-
-    csv = tmp_path / "scores.csv"
-    lines = run_study("published_burgers", tmp_path, "--seed", "0", "1", "--csv", str(csv))
-    rows = read_csv(csv)
-    ours = 2 * [published_burgers.OURS]
-    exact = list(published_burgers.EXACT)
+def test_ar_densed_burgers(tmp_path):
+    study = ar_densed_burgers
+    run_quickly(study.__name__, tmp_path, "--seed", "0", "1")
+    rows = read_csv(tmp_path / "rows.csv")
+    ours = 2 * [study.OURS]
+    exact = list(study.EXACT)
     assert [row["model"] for row in rows] == ["persistence", "AR-DenseED", *ours, *exact]
     assert rows[1]["mse_0.25"] == "0.0499"
     errors = {row["model"]: float(row["mse_0.5"]) for row in rows}
     published, crank_nicolson, hermite, *moving = (errors[model] for model in exact)
     assert hermite < crank_nicolson / 100 < published / 100 < errors["persistence"]
     assert moving[0] < crank_nicolson and moving[1] < hermite
-    assert published_burgers.published.markdown(rows, published_burgers.COLUMNS) in "\n".join(
-        lines
-    )
-    assert len(read_csv(tmp_path / "scores_error.csv")) == published_burgers.TEST_STEPS + 1
+    assert len(read_csv(tmp_path / "error.csv")) == study.TEST_STEPS + 1
 
-    lines = run_study("published_burgers", tmp_path, "--ablation", figure=False)
-    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][2:] == [
-        f"| {name}" for name in list(published_burgers.ABLATION)[:2]
-    ]
+    run_quickly(study.__name__, tmp_path, "--ablation", figure=False)
+    rows = read_csv(tmp_path / "ablation.csv")
+    assert [row["model"] for row in rows] == list(study.ABLATION)[:2]
 
 
 @slow
-def test_published_superiority(tmp_path):
-    import published_superiority
-
-    csv = tmp_path / "scores.csv"
-    lines = run_study("published_superiority", tmp_path, "--seed", "0", "1", "--csv", str(csv))
-    rows = read_csv(csv)
-    models = [published_superiority.RESIDUAL, *published_superiority.DATA]
+def test_superiority(tmp_path):
+    run_quickly(superiority.__name__, tmp_path, "--seed", "0", "1")
+    rows = read_csv(tmp_path / "rows.csv")
+    models = [superiority.RESIDUAL, *superiority.DATA]
     found = [row["model"] for row in rows]
     assert all(found.count(model) == 2 for model in models)
-    [paper] = [row for row in rows if row["model"] in published_superiority.PUBLISHED]
+    [paper] = [row for row in rows if row["model"] in superiority.PUBLISHED]
     assert (paper["superiority_1"], paper["superiority_10"]) == ("1", "1.14")
     [exact] = [row for row in rows if row["model"].startswith("exact step")]
     assert float(exact["superiority_largest"]) < 1e-3
-    table = published_superiority.published.markdown(rows, published_superiority.COLUMNS)
-    assert table in "\n".join(lines)
 
 
 @slow
-def test_shallow_water_study(tmp_path):
-    import shallow_water_study
-
-    csv = tmp_path / "scores.csv"
-    lines = run_study("shallow_water_study", tmp_path, "--seed", "0", "1", "--csv", str(csv))
-    rows = read_csv(csv)
-    ours, models = 2 * [shallow_water_study.OURS], list(shallow_water_study.OTHERS)[1:]
+def test_shallow_water(tmp_path):
+    lines = run_quickly(shallow_water.__name__, tmp_path, "--seed", "0", "1")
+    rows = read_csv(tmp_path / "rows.csv")
+    ours, models = 2 * [shallow_water.OURS], list(shallow_water.OTHERS)[1:]
     assert [row["model"] for row in rows] == [*models, *ours]
     errors = {row["model"]: float(row["refined_10"]) for row in rows}
     runge_kutta, persistence = errors["Runge–Kutta, dt / 16"], errors["persistence"]
-    assert 100 * runge_kutta < errors[shallow_water_study.EXACT] < persistence / 20
-    assert f"Animation: {tmp_path / 'figure.gif'}" in lines
-    assert (tmp_path / "figure.gif").read_bytes().startswith(b"GIF8")
-    assert (tmp_path / "scores_checks.md").exists()
+    assert 100 * runge_kutta < errors[shallow_water.EXACT] < persistence / 20
+    animation = tmp_path / "shallow_water_study.gif"
+    assert f"Animation: {animation}" in lines
+    assert animation.read_bytes().startswith(b"GIF8")
+    assert all((tmp_path / f"{name}.md").exists() for name in shallow_water.TABLES)
 
-    run_study("shallow_water_study", tmp_path, "--ablation", "--csv", str(csv), figure=False)
-    assert [row["model"] for row in read_csv(csv)][1:] == list(shallow_water_study.ABLATION)[:2]
+    run_quickly(shallow_water.__name__, tmp_path, "--ablation", figure=False)
+    rows = read_csv(tmp_path / "ablation.csv")
+    assert [row["model"] for row in rows][1:] == list(shallow_water.ABLATION)[:2]
 
 
 @slow
 def test_conditioning(tmp_path):
-    csv = tmp_path / "conditioning.csv"
-    lines = run_study("conditioning", tmp_path, "--seed", "0", "1", "--csv", str(csv))
+    lines = run_quickly("studies.conditioning.run", tmp_path, "--seed", "0", "1")
     rows = [cells(lines, f"{num_points} points") for num_points in (16, 32, 64)]
     assert [condition for condition, *_ in rows] == [11, 42, 165]
     for _, *medians in rows:
         residual, preconditioned = medians
         assert 0 < preconditioned < residual < 1
 
-    written = read_csv(csv)
+    written = read_csv(tmp_path / "rows.csv")
     assert [row["seed"] for row in written] == ["0", "1"] * 6
     for row in written:
         error, residual = (float(row[f"{name}_last"]) for name in ("error", "residual"))
@@ -180,7 +254,7 @@ def test_the_documentation_has_the_errors_of_conditioning():
     page = (ROOT / "docs" / "diverted_chain.md").read_text()
     rows = [
         row
-        for row in read_csv(ROOT / "benchmarks" / "conditioning.csv")
+        for row in read_csv(STUDIES / "conditioning" / "rows.csv")
         if (row["trained_on"], row["seed"]) == ("residual", "0")
     ]
     assert [row["num_points"] for row in rows] == ["16", "32", "64"]
@@ -190,19 +264,8 @@ def test_the_documentation_has_the_errors_of_conditioning():
         assert f" {row['condition_number']}" in page
 
 
-def test_the_documentation_has_the_tables_of_rollout_cost(tmp_path, monkeypatch, capsys):
-    import draw
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["draw.py", "--output", str(tmp_path / "figure.png")])
-    draw.main()
-    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    page = (ROOT / "benchmarks" / "rollout_cost.md").read_text()
-    assert [line for line in page.splitlines() if line.startswith("|")] == tables
-
-
 def test_the_documentation_has_the_rows_of_checkpointed_segments():
-    rows = read_csv(ROOT / "benchmarks" / "checkpointed_segments.csv")
+    rows = read_csv(BENCHMARKS / "rollout_cost" / "checkpointed_segments.csv")
     by_case = {
         (f"{row['network']}, {row['cut']}, {row['num_rollout_steps']}", row["baseline"]): row
         for row in rows
@@ -224,15 +287,13 @@ def test_the_documentation_has_the_rows_of_checkpointed_segments():
 
 @pytest.mark.parametrize("cut", ["no cut", "bptt=1", "bptt=5"])
 def test_the_baselines_of_rollout_cost_have_the_same_loss_and_gradient(cut):
-    import rollout_cost
-
-    network = rollout_cost.MLP(jax.random.key(0), width=8, depth=1)
+    network = networks.MLP(jax.random.key(0), width=8, depth=1)
     params, static = eqx.partition(network, eqx.is_array)
-    data = jax.random.normal(jax.random.key(1), (2, 1, 1, rollout_cost.NUM_POINTS))
+    data = jax.random.normal(jax.random.key(1), (2, 1, 1, networks.NUM_POINTS))
     results = {}
-    for name, (loss, _) in rollout_cost.select_baselines("MLP", cut, 7, "gradient").items():
+    for name, (loss, _) in baselines.select_baselines("MLP", cut, 7, "gradient").items():
         of_params = lambda params, loss=loss: loss(
-            eqx.combine(params, static), data, 7, rollout_cost.CUTS[cut]
+            eqx.combine(params, static), data, networks.heat_residuum, 7, rollout_cost.CUTS[cut]
         )
         results[name] = jax.jit(jax.value_and_grad(of_params))(params)
     assert {"residuum", "trainax", "scan", "segments", "equinox"} <= set(results)
@@ -240,9 +301,7 @@ def test_the_baselines_of_rollout_cost_have_the_same_loss_and_gradient(cut):
 
 
 def test_rows_of_rollout_cost_take_the_place_of_old_ones_of_the_same_case_and_baseline():
-    import rollout_cost
-
-    old = read_csv(ROOT / "benchmarks" / "rollout_cost.csv")
+    old = read_csv(BENCHMARKS / "rollout_cost" / "rows.csv")
     replaced = old[0] | dict(num_rollout_steps=1, run_s=1.0)
     added = replaced | dict(baseline="another")
     end = sum(all(row[x] == old[0][x] for x in rollout_cost.CASE) for row in old)
@@ -252,29 +311,25 @@ def test_rows_of_rollout_cost_take_the_place_of_old_ones_of_the_same_case_and_ba
 
 @slow
 def test_tiny_networks(tmp_path):
-    csv = tmp_path / "tiny_networks.csv"
-    options = ("--quick", "--rounds", "3", "--csv", str(csv))
-    lines = run_example(ROOT / "benchmarks" / "tiny_networks", *options, cwd=tmp_path)
-    rows = read_csv(csv)
-    for line, row in zip(lines.splitlines(), rows, strict=True):
+    lines = run_quickly(tiny_networks.__name__, tmp_path, "--rounds", "3", figure=False)
+    for line, row in zip(lines, read_csv(tmp_path / "rows.csv"), strict=True):
         ratio = float(row["residuum_s"]) / float(row["scan_s"])
         assert line.startswith(f"3 20 {row['bptt']} {ratio:.2f} ")
 
 
 def test_the_three_ways_of_tiny_networks_have_the_same_gradient():
-    import tiny_networks
-
     params = {"in": jnp.linspace(-1, 1, 6).reshape(2, 3), "out": jnp.ones((3, 2))}
     data = jnp.linspace(0, 1, 3)[None, None]
-    unrolled = partial(tiny_networks.with_residuum, unroll=2)
-    ways = tiny_networks.with_scan, tiny_networks.with_residuum, unrolled
-    grads = [jax.grad(way)(params, data, num_steps=5, bptt=2) for way in ways]
+    grads = [
+        jax.grad(tiny_networks.loss_in, argnums=1)(way, params, data, num_steps=5, bptt=2)
+        for way in tiny_networks.ways(bptt=2).values()
+    ]
     chex.assert_trees_all_close(*grads, rtol=1e-9)
 
 
 def test_the_documentation_has_the_ratios_of_tiny_networks():
     page = (ROOT / "docs" / "cost.md").read_text()
-    rows = read_csv(ROOT / "benchmarks" / "tiny_networks.csv")
+    rows = read_csv(BENCHMARKS / "tiny_networks" / "rows.csv")
     ratio = lambda row: float(row["residuum_s"]) / float(row["scan_s"])
     smallest = max(ratio(row) for row in rows if row["size"] == "3")
     others = max(ratio(row) for row in rows if row["size"] != "3")
@@ -284,11 +339,8 @@ def test_the_documentation_has_the_ratios_of_tiny_networks():
 
 @slow
 def test_convolutions_on_cpu(tmp_path):
-    import convolutions_on_cpu
-
-    csv = tmp_path / "convolutions.csv"
-    lines = run_study("convolutions_on_cpu", tmp_path, "--csv", str(csv))
-    rows = read_csv(csv)
+    lines = run_quickly(convolutions_on_cpu.__name__, tmp_path)
+    rows = read_csv(tmp_path / "rows.csv")
     assert len(rows) == 3 * 3
     for row in rows:
         assert all(float(row[name]) > 0 for name in ("compile_s", "temp_bytes", "run_s"))
@@ -296,9 +348,8 @@ def test_convolutions_on_cpu(tmp_path):
     assert convolutions_on_cpu.markdown(rows) in "\n".join(lines)
 
 
-def test_the_documentation_has_the_table_of_convolutions_on_cpu():
-    import convolutions_on_cpu
-
-    path = ROOT / "benchmarks" / "convolutions_on_cpu.csv"
-    table = convolutions_on_cpu.markdown(read_csv(path))
-    assert table in path.with_suffix(".md").read_text()
+def test_accelerators_are_drawn_from_the_rows():
+    figure = accelerators.draw(read_csv(BENCHMARKS / "accelerators" / "rows.csv"), "H100:1")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["MLP", "2D convolutions, 256²", "2D FNO, 256²", "3D convolutions, 128³"]
+    assert all(len(axis.lines) > len(accelerators.LINES) for axis in figure.axes)

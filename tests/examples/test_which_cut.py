@@ -1,5 +1,5 @@
-"""What benchmarks/which_cut.py takes for the same program has the same gradient, in all that
-it compares; what it measures and draws; and the table in the documentation."""
+"""What studies/which_cut takes for the same program has the same gradient, in all that it
+compares; what it measures, and what it draws from the rows."""
 
 import functools
 import itertools
@@ -7,11 +7,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-import study
-import which_cut
 
+from benchmarks.tables import read_csv, write_csv
+from studies.which_cut import draw, run as which_cut
 from test_residuum import assert_close, evaluate, problem, residuum_loss, slow
-from tests.common import ROOT, run_program
+from tests.common import run_module
 from tests.examples.test_examples import num_pixels, read_picture
 
 
@@ -69,24 +69,17 @@ def test_all_cuts_and_lengths_are_trained_or_equal_to_one_that_is():
         assert (same, num_steps) in trained or (cut, num_steps) == ("next", 1)
 
 
-SCRIPT = "benchmarks/which_cut.py"
-
-
 @slow
-def test_quick_mode_measures_and_draws(tmp_path):
-    names = ("cut.csv", "cut.png")
-    output, figure = (str(tmp_path / name) for name in names)
-    options = ("--quick", "--workers", "1", "--output", output, "--figure", figure)
-    table = run_program(SCRIPT, *options, cwd=tmp_path)
-    rows = study.read_csv(tmp_path / "cut.csv")
+def test_quick_mode_measures(tmp_path):
+    options = ("--quick", "--workers", "1", "--output", str(tmp_path))
+    run_module("studies.which_cut.run", *options, cwd=tmp_path)
+    rows = read_csv(tmp_path / "rows.csv")
     assert len(rows) == 5
     for row in rows:
         assert int(row["updates"]) >= 1
         assert float(row["loss"]) > 0 and float(row["seconds"]) > 0
     # Trained alike with the same seed, they began with the same states and parameters.
     assert len({row["error"] for row in rows}) == 5
-    assert "| Lorenz | T = 1 | 2 |" in table and "no gradient" in table
-    assert (tmp_path / "cut.png").stat().st_size > 1000
 
 
 def made_up_rows():
@@ -102,10 +95,11 @@ def made_up_rows():
 
 
 def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
-    study.write_csv(tmp_path / "cut.csv", list(made_up_rows()))
-    output, figure = str(tmp_path / "cut.csv"), str(tmp_path / "cut.png")
-    options = ("--draw", "--output", output, "--figure", figure)
-    lines = run_program(SCRIPT, *options, cwd=tmp_path).splitlines()
+    write_csv(tmp_path / "rows.csv", list(made_up_rows()))
+    options = ("--input", str(tmp_path), "--output", str(tmp_path))
+    output = run_module("studies.which_cut.draw", *options, cwd=tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert all(line in output for line in lines[1:])
     burgers, lorenz = (
         lines[i : i + 9]
         for i in (lines.index(f"| {name} | T = 1 | 2 | 4 |") for name in ("Burgers", "Lorenz"))
@@ -115,13 +109,6 @@ def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
     assert burgers[7] == "| `Cuts(next=True)` | no gradient | diverged | diverged |"
     assert burgers[8] == "| *updates* | 100 | 50 | 25 |"
     assert lorenz[6] == "| `Cuts(prev=True)` | 0.020 | **0.0010** | **0.0010** |"
-    picture = read_picture(figure)
-    for cut, style in which_cut.STYLES.items():
+    picture = read_picture(tmp_path / "which_cut.png")
+    for cut, style in draw.STYLES.items():
         assert num_pixels(picture, style["color"]) > 0, cut
-
-
-def test_the_documentation_has_the_table_of_the_measured_rows(capsys):
-    which_cut.print_table(study.read_csv(ROOT / "benchmarks" / "which_cut.csv"))
-    table = capsys.readouterr().out.strip()
-    assert table.count("Cuts()") == 3
-    assert table in (ROOT / "benchmarks" / "which_cut.md").read_text()

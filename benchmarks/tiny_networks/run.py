@@ -1,0 +1,87 @@
+"""How much faster is a plain scan where there is almost nothing to compute?
+
+One gradient of a rollout at batch 1, of an MLP so small that the overhead of a loop counts: by
+`residuum_loss`, by the same with `unroll=k`, and by a `jax.lax.scan` of a few lines with the
+same cuts. The three run in turn in one process, on one core. The CSV file has the median of
+each run time, docs/cost.md the largest ratio.
+
+    python -m benchmarks.tiny_networks.run             two minutes
+    python -m benchmarks.tiny_networks.run --quick     one network, 20 steps
+"""
+
+import itertools
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import losses, machine, tables
+
+
+SIZES = {3: 8, 8: 8, 16: 16, 32: 32}  # of the state, and of the hidden layer
+NUM_STEPS = (20, 100, 1000)
+BPTT = (1, 2, 3, 4, 8)
+heat_residuum = partial(losses.heat_residuum, axes=[0])
+
+
+def emulate(params, u):
+    return u + params["out"] @ jnp.tanh(params["in"] @ u)
+
+
+def loss_in(way, params, data, num_steps, bptt):
+    return way(partial(emulate, params), data, heat_residuum, num_steps, bptt)
+
+
+def ways(bptt):
+    unrolled = partial(losses.with_residuum, unroll=bptt)
+    return {
+        "residuum": losses.with_residuum,
+        "residuum_unrolled": unrolled,
+        "scan": losses.with_plain_scan,
+    }
+
+
+def measure(case, rounds):
+    """The median run time [s] of a gradient in each of the three ways."""
+    size, num_steps, bptt = case
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (SIZES[size], size)
+    params = {"in": 0.1 * jax.random.normal(keys[0], shape)}
+    params["out"] = 0.1 * jax.random.normal(keys[1], shape[::-1])
+    data = jax.random.normal(keys[2], (1, 1, size))
+    programs = {
+        name: jax.jit(jax.grad(partial(loss_in, way, num_steps=num_steps, bptt=bptt)))
+        for name, way in ways(bptt).items()
+    }
+    times: dict[str, list[float]] = {way: [] for way in programs}
+    for i in range(rounds + 10):
+        for way, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(params, data))
+            if i >= 10:  # the first compiles, and the processor's clock settles
+                times[way].append(time.perf_counter() - start)
+    seconds = {f"{way}_s": statistics.median(times[way]) for way in programs}
+    names = dict(size=size, num_rollout_steps=num_steps, bptt=bptt)
+    return {**names, **seconds, "machine": machine.describe("1 core")}
+
+
+def main():
+    parser = tables.make_parser(__doc__, quick="one network, 20 steps")
+    parser.add_argument("--rounds", type=int, default=200, help="of which the median counts")
+    args = parser.parse_args()
+    folder, _ = tables.output_folders(args, __file__)
+    cases = [*itertools.product(SIZES, NUM_STEPS, BPTT)]
+    cases = cases[:2] if args.quick else cases
+    rows = []
+    # One worker: nothing else runs.
+    for row in machine.on_single_cores(partial(measure, rounds=args.rounds), cases, 1):
+        ratios = [row[way] / row["scan_s"] for way in ("residuum_s", "residuum_unrolled_s")]
+        print(*list(row.values())[:3], *(f"{ratio:.2f}" for ratio in ratios), flush=True)
+        rows.append(row)
+        tables.write_csv(folder / "rows.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
