@@ -12,8 +12,8 @@ import pytest
 import trainax
 
 from residuum import Cuts, mse, residuum_loss
-from test_residuum import also_slow, evaluate, FLAGS, problem
-from tests.common import network_problem, primitives
+from test_residuum import evaluate, FLAGS, problem
+from tests.common import also_slow, network_problem, primitives
 
 
 def program(num_rollout_steps, transform=jax.value_and_grad, **options):

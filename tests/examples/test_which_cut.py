@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.tables import read_csv, write_csv
 from studies.which_cut import draw, run as which_cut
-from test_residuum import assert_close, evaluate, problem, residuum_loss, slow
-from tests.common import ROOT, run_module
+from test_residuum import assert_close, evaluate, problem, residuum_loss
+from tests.common import ROOT, run_module, slow
 from tests.examples.test_examples import num_pixels, read_picture
 
 
