@@ -39,13 +39,17 @@ compiled but not run: of convolutions in 2D only the canonical ones run for 50 s
 
 What this shows on two CPU cores:
 
-- Truncated and streamed, a gradient keeps to the memory of one segment, and is as fast as the
-  plain scan or up to a fifth faster, at the same arithmetic.
-- A convolution in a loop body (jax-ml/jax#12868) costs more than all else: with JAX 0.12 6 to
-  30 times the run time of `unroll=True`, which compiles as long as trainax does. Canonical, it
-  is about as fast in a loop as without, and compiles as fast as any loop.
-- In segments of 5 steps JAX stacks what each step leaves for the backward pass. Unrolled,
-  they are faster for FNO and convolution, and slower for the MLP.
+- Truncated and streamed, a gradient needs the memory of one segment, at the same arithmetic
+  as the plain scan. It takes two thirds of the run time of the plain scan, or more, up to the
+  same time within a few percent. With convolutions that are not canonical, it takes up to 1.15
+  times as long.
+- A convolution in a loop body (jax-ml/jax#12868) costs more than all else: with JAX 0.12, in
+  the ConvNets and the U-Net 6 to 35 times the run time of `unroll=True`, which compiles as long
+  as trainax does. Canonical, it takes 0.9 to 1.2 times the run time of `unroll=True`, and
+  compiles as fast as any loop.
+- In segments of 5 steps, JAX stacks what each step leaves for the backward pass. `unroll=5` is
+  faster for the canonical convolution in 1D, about as fast for the FNO, and slower for the MLP
+  and for the convolution that is not canonical.
 - `torch.compile` compiles all networks that PyTorch takes part with, without a graph break. In
   the FNO it has no code for complex numbers, says so, and calls the kernels of eager PyTorch
   there, as it does for convolutions.

@@ -242,6 +242,9 @@ def the_bias_of_a_cut_falls_with_the_length_of_its_segments(*, loss, kernel, dat
     cuts = [jax.grad(loss)(kernel, data, Cuts(bptt=k)) for k in (1, 4, 16)]
     distances = [jnp.linalg.norm(cut - full) for cut in cuts]
     assert distances[0] > distances[1] > distances[2] == 0
+    size = jnp.linalg.norm(cuts[0])
+    assert 0.9999 < cuts[0] @ full / size / jnp.linalg.norm(full) < 1
+    assert abs(size / jnp.linalg.norm(full) - 1.034) < 1e-3
 
 
 @claim('params["diffusion"]')
