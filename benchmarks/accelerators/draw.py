@@ -14,7 +14,7 @@ from benchmarks.accelerators.programs import TARGETS
 from benchmarks.accelerators.run import STEPS
 
 
-LINES = {  # loss, cut and options; colours of Okabe and Ito, colour-blind safe; ours are thick
+LINES = {  # loss, cut and options, in colours of Okabe and Ito; thick lines are residuum
     "plain scan": (("plain scan", "no cut", ""), dict(color="#009E73")),
     "checkpoint=True": (("residuum", "no cut", "checkpoint=True"), dict(color="#D55E00")),
     "checkpoint=k": (("residuum", "no cut", "checkpoint=*"), dict(color="#CC79A7")),
@@ -99,7 +99,7 @@ def is_of_line(row, key):
 
 
 def label_lines(figure, axis, ends):
-    """Labels at the right ends of the lines, moved apart where they would touch."""
+    """Puts labels at the right ends of the lines, moved apart where they would touch."""
     point = figure.dpi / 72
     figure.canvas.draw()
     place = {x: axis.transData.transform((1000, y))[1] / point for x, y in ends.items()}
