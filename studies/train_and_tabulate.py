@@ -1,5 +1,5 @@
-"""What the studies share: training on states from a replay buffer, training runs on cores of
-their own, solutions in float64, and tables with medians over seeds."""
+"""The studies share these functions: training on states from a replay buffer, computation in
+float64, and tables with medians over seeds."""
 
 import contextlib
 import statistics
@@ -23,7 +23,8 @@ def num_parameters(stepper):
 
 @contextlib.contextmanager
 def float64():
-    """JAX computes in float64 inside. Training and the emulators are in float32 outside."""
+    """Lets JAX compute in float64 inside the context. Training and the emulators stay in
+    float32 outside of it."""
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     try:
@@ -40,10 +41,10 @@ def float64():
 def on_replayed_states(
     residuum_fn, initial_conditions, *, batch_size, fresh_share, bound, **options
 ):
-    """The loss, with `options` of `residuum_loss`, of states from a replay buffer, for
-    `minimise`. Final states go back into the buffer. Diverged states, and a random share
-    of the others, are replaced by fresh `initial_conditions(num_samples, key)`. The share is a
-    number, or one for each place in the buffer."""
+    """Returns, for `minimise`, the residual loss of states from a replay buffer, with `options`
+    of `residuum_loss`. Final states go back into the buffer. Diverged states, and a random
+    share of the others, are replaced by fresh `initial_conditions(num_samples, key)`. The share
+    is a number, or one number for each place in the buffer."""
 
     def loss_fn(stepper, buffer, key):
         sample_key, replay_key, states_key = jax.random.split(key, 3)
@@ -65,9 +66,9 @@ def on_replayed_states(
 
 
 def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate, b2=0.99):
-    """Minimises `loss_fn: stepper, memory, key -> loss, memory`, where the memory is whatever
-    one update leaves to the next. Returns the stepper and the seconds that this took,
-    compilation included."""
+    """Minimises `loss_fn: stepper, memory, key -> loss, memory`, where one update passes the
+    memory on to the next. Returns the stepper and the training time in seconds, including
+    compilation."""
     warmup = num_updates // 20
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=b2))
@@ -80,7 +81,7 @@ def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate,
         return (optax.apply_updates(stepper, updates), opt_state, memory), loss
 
     @jax.jit
-    @canonical_convolutions  # without which convolutions in a loop are slow on a CPU
+    @canonical_convolutions  # otherwise convolutions in a loop are slow on a CPU
     def several_updates(carry, keys):
         carry, losses = jax.lax.scan(update, carry, keys)
         return carry, losses[-1]
@@ -93,7 +94,7 @@ def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate,
 
 
 def seconds_per_update(update, carry, key, num_updates=10):
-    """The seconds of `carry, loss = update(carry, key)`, without compilation."""
+    """Measures the seconds of `carry, loss = update(carry, key)`, without compilation."""
     carry, loss = update(carry, key)
     loss.block_until_ready()
     start = time.perf_counter()
@@ -104,12 +105,13 @@ def seconds_per_update(update, carry, key, num_updates=10):
 
 
 #
-# Rows of CSV files, `{"model": name, "seed": seed, column: number}`, and tables of them
+# Rows of CSV files, `{"model": name, "seed": seed, column: number}`, and tables from them
 #
 
 
 def training_columns(emulator, updates, seconds):
-    """Of a row; empty for what was not trained, `emulator=None`."""
+    """Returns the columns of a row that describe training. They are empty if nothing was
+    trained, i.e., if `emulator=None`."""
     if emulator is None:
         return dict.fromkeys(("parameters", "updates", "seconds", "machine"), "")
     return {
@@ -121,12 +123,12 @@ def training_columns(emulator, updates, seconds):
 
 
 def over_seeds(values):
-    """Median, least and most."""
+    """Returns median, least and most."""
     return statistics.median(values), min(values), max(values)
 
 
 def medians(rows, column):
-    """`{model: (median, least, most)}` over seeds, for models that have the column."""
+    """Returns `{model: (median, least, most)}` over seeds, for models that have the column."""
     values = {}
     for row in rows:
         if row[column] != "":
@@ -135,8 +137,8 @@ def medians(rows, column):
 
 
 def markdown(rows, columns):
-    """Medians over seeds, and below them least and most. The columns are
-    `{heading: (name in the rows, format)}`."""
+    """Makes a table with the medians over seeds, and with least and most below them. The
+    columns are `{heading: (name in the rows, format)}`."""
     scores = {heading: medians(rows, column) for heading, (column, _) in columns.items()}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -151,8 +153,8 @@ def markdown(rows, columns):
 
 
 def write(folder, rows, columns, name=""):
-    """Prints a table of rows, and writes both: `rows.csv` and `table.md`, or `{name}.csv` and
-    `{name}.md`."""
+    """Prints a table of rows, and writes the rows and the table. The files are `rows.csv` and
+    `table.md`, or `{name}.csv` and `{name}.md`."""
     table = markdown(rows, columns)
     print(f"\n{table}")
     tables.write_csv(folder / f"{name or 'rows'}.csv", rows)

@@ -1,6 +1,7 @@
-"""Burgers' equation as in the test of AR-DenseED: residuals, initial conditions, solutions.
+"""Defines Burgers' equation as in the test of AR-DenseED: residuals, initial conditions,
+solutions.
 
-∂u/∂t + ½ ∂(u²)/∂x = ν ∂²u/∂x²,   x in [0, 1) periodic, ν = 0.0025
+    ∂u/∂t + ½ ∂(u²)/∂x = ν ∂²u/∂x²,   x in [0, 1) periodic, ν = 0.0025
 """
 
 from functools import partial
@@ -25,7 +26,7 @@ NUM_TEST, TEST_STEPS = 200, 400
 
 
 def first_derivative(u):
-    """Central differences of sixth order. The differences of a flux sum to zero."""
+    """Computes central differences of sixth order. The differences of a flux sum to zero."""
     pairs = ((1, 3 / 4), (2, -3 / 20), (3, 1 / 60))
     return NUM_POINTS * sum(c * (jnp.roll(u, -s, -1) - jnp.roll(u, s, -1)) for s, c in pairs)
 
@@ -41,8 +42,8 @@ def time_derivative(u):
 
 
 def hermite(u_next, u_prev):
-    """Zero if `u_next` is one step of length `DT` after `u_prev`: of fourth order, from the
-    first and second time derivatives of two states."""
+    """Zero if `u_next` is one step of length `DT` after `u_prev`. The residual is of fourth
+    order in time, from the first and second time derivatives of the two states."""
     slope_0, bend_0 = jax.jvp(time_derivative, (u_prev,), (time_derivative(u_prev),))
     slope_1, bend_1 = jax.jvp(time_derivative, (u_next,), (time_derivative(u_next),))
     return u_next - u_prev - DT / 2 * (slope_0 + slope_1) - DT**2 / 12 * (bend_0 - bend_1)
@@ -53,8 +54,8 @@ def crank_nicolson(u_next, u_prev):
 
 
 def published_residual(u_next, u_prev):
-    """That of AR-DenseED: Crank–Nicolson with u ∂u/∂x as it stands, differences of second
-    order, and a mesh width of 1/513 on a grid of 1/512."""
+    """The residual of AR-DenseED: Crank–Nicolson, with advection in the form u ∂u/∂x,
+    second-order differences, and a mesh width of 1/513 on a grid of 1/512."""
     width = 1 / (NUM_POINTS + 1)
     left, right = (lambda u: jnp.roll(u, 1, -1)), (lambda u: jnp.roll(u, -1, -1))
 
@@ -66,8 +67,8 @@ def published_residual(u_next, u_prev):
 
 
 def scaled(residuum_fn, relative=True):
-    """Divided by the size of one step's change, so that all states count alike; or by its mean
-    over states."""
+    """Divides a residual by the RMS of one step's change, so that all states count alike. If
+    not `relative`, the divisor is a typical RMS for all states."""
 
     def residual(u_next, u_prev):
         change = DT * time_derivative(u_prev)
@@ -83,8 +84,8 @@ def scaled(residuum_fn, relative=True):
 
 
 def published_states(runs, num_points=NUM_POINTS):
-    """Those of the test, a run for each seed: nine random waves scaled to a maximum of 2, plus
-    a random constant. The maximum is over 1024 points."""
+    """Returns the initial conditions of the test, one run for each seed: nine random waves
+    scaled to a maximum of 2, plus a random constant. The maximum is over 1024 points."""
 
     def waves(run, num_points):
         generator = np.random.RandomState(run)
@@ -101,7 +102,8 @@ def published_states(runs, num_points=NUM_POINTS):
 
 
 def initial_conditions(num_samples, key, with_mean=False):
-    """The same distribution for the training, less the mean of each state or with it."""
+    """Draws training states from the same distribution as the test. The mean of each state is
+    subtracted unless `with_mean`."""
     waves_key, shift_key = jax.random.split(key)
     phases = 2 * np.pi * np.outer(np.arange(-4, 5), np.arange(NUM_POINTS) / NUM_POINTS)
     cosines, sines = jax.random.normal(waves_key, (2, num_samples, 9))
@@ -113,8 +115,9 @@ def initial_conditions(num_samples, key, with_mean=False):
 
 
 def reference(states, substeps=25, num_steps=TEST_STEPS):
-    """The solver's trajectories `[run, num_steps + 1, 1, NUM_POINTS]` from states on as many
-    points or on a multiple: fourth order in time, spectral in space, in float64."""
+    """Returns trajectories `[run, num_steps + 1, 1, NUM_POINTS]` of the solver. The initial
+    states have that many points or a multiple of them. The solver is of fourth order in time
+    and spectral in space, in float64."""
     num_points = states.shape[-1]
     with float64():
         solver = ex.stepper.Burgers(
@@ -128,20 +131,22 @@ def reference(states, substeps=25, num_steps=TEST_STEPS):
 
 
 #
-# Burgers' equation is the same in a frame that moves with the mean of u (Galilean invariance).
+# Burgers' equation is the same in a frame that moves with the mean of u, because it is Galilean
+# invariant.
 #
 
 
 def translate(u, distance):
-    """States `[..., NUM_POINTS]` moved to the right, between the points by Fourier series."""
+    """Moves states `[..., NUM_POINTS]` to the right. Between the points, they are Fourier
+    series."""
     wavenumbers = 2j * np.pi * np.arange(NUM_POINTS // 2 + 1)
     u_hat = jnp.fft.rfft(u) * jnp.exp(-wavenumbers * distance[..., None])
     return jnp.fft.irfft(u_hat).astype(u.dtype)
 
 
 def in_moving_frame(advance, u):
-    """`advance(u)` of trajectories, or of first states, `[run, time, 1, NUM_POINTS]`, in the
-    frame where their mean is 0. The trajectories that it returns are moved back."""
+    """Calls `advance(u)` on trajectories, or on first states, `[run, time, 1, NUM_POINTS]`, in
+    the frame where their mean is 0. The trajectories that `advance` returns are moved back."""
     mean = jnp.mean(u[:, :1], axis=-1, keepdims=True)
     distance = lambda u: mean[..., 0] * DT * jnp.arange(u.shape[1])[:, None]
     u = advance(translate(u - mean, -distance(u)))
@@ -149,8 +154,9 @@ def in_moving_frame(advance, u):
 
 
 def solved_exactly(residuum_fn, reference):
-    """Trajectories from the first states of the reference, by Newton's method in float64, with
-    the matrix at the reference's next state, where the iteration begins."""
+    """Computes trajectories from the first states of the reference by Newton's method in
+    float64. At each step, the iteration starts from the reference's next state and keeps the
+    matrix there."""
     colors = np.tile(np.eye(16), NUM_POINTS // 16)[:, None]  # no stencil has 16 points
 
     @jax.jit
@@ -177,9 +183,9 @@ def solved_exactly(residuum_fn, reference):
 
 
 def solve_periodic_band(columns, residuals, width=6):
-    """Solves J x = r for each run, where `columns[c, i]` is the entry of row i in that column
-    c, c + 16, ... which is at most `width` points away. Points in the order 0, -1, 1, -2, ...
-    make a band of the periodic one."""
+    """Solves J x = r for each run. `columns[c, i]` is the entry of row i in that one of the
+    columns c, c + 16, ... which is at most `width` points away. In the order 0, -1, 1, -2, ...,
+    the points turn the periodic band into an ordinary band."""
     point = np.arange(NUM_POINTS)
     place = np.minimum(2 * point, 2 * (NUM_POINTS - 1 - point) + 1)
     order = np.argsort(place)

@@ -1,6 +1,7 @@
-r"""Runs the published weights of AR-DenseED on its tests: those for Burgers' equation on the
-test of studies/ar_densed_burgers, those for the Kuramoto–Sivashinsky equation on the test of
-studies/ar_densed_kuramoto_sivashinsky. Prints its row of the table there.
+r"""Evaluates the published weights of AR-DenseED on its tests: the weights for Burgers'
+equation on the test of studies/ar_densed_burgers, and the weights for the Kuramoto–Sivashinsky
+equation on the test of studies/ar_densed_kuramoto_sivashinsky. Prints the row for the table
+there.
 
     git clone https://github.com/zabaras/ar-pde-cnn
     python -m studies.ar_densed_burgers.published_weights \
@@ -9,12 +10,12 @@ studies/ar_densed_kuramoto_sivashinsky. Prints its row of the table there.
         --weights ar-pde-cnn/1D-Burger-SWAG/post/networks/torchSwagModel_epoch100.pth \
         --output studies/ar_densed_burgers/published_error.csv
 
-The second takes about 7 minutes on a core, half of it for the solver.
+The second run takes about 7 minutes on one core, half of it for the solver.
 
-You need PyTorch to read the file, and the packages of the examples. The file belongs to
-N. Geneva, N. Zabaras: Modeling the dynamics of PDE systems with physics-constrained deep
-auto-regressive networks. J. Comput. Phys. 403, 109056 (2020), arXiv 1906.05747,
-commit adeb9f313d70 of their repository. The networks are written anew here, without their code.
+You need PyTorch to read the file, and the packages of the examples. The file belongs to N.
+Geneva, N. Zabaras: Modeling the dynamics of PDE systems with physics-constrained deep
+auto-regressive networks. J. Comput. Phys. 403, 109056 (2020), arXiv 1906.05747, commit
+adeb9f313d70 of their repository. The networks are reimplemented here, without their code.
 """
 
 import argparse
@@ -34,14 +35,14 @@ from studies.ar_densed_kuramoto_sivashinsky import problem as ks, run as ks_stud
 
 
 #
-# The networks: two past states `[2, x]`, or five for Burgers' equation. Inside they have half
-# the resolution.
+# The networks take two past states `[2, x]`, or five for Burgers' equation. Inside, they have
+# half the resolution.
 #
 
 
 def read_weights(path):
-    """The network of the file, `{name: array}`: the contents of `base`. The file also has the
-    moments of SWAG, which are still zero after epoch 100."""
+    """Returns the network in the file, `{name: array}`, which is the contents of `base`. The
+    file also has the moments of SWAG, which are still zero after epoch 100."""
     import torch
 
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -54,27 +55,28 @@ def read_weights(path):
 
 
 def of_burgers(weights):
-    """Whether the network is that for Burgers' equation, which begins with three layers."""
+    """Whether the network is the one for Burgers' equation, which begins with three layers."""
     return "In_conv3.weight" in weights
 
 
 def num_parameters(weights):
-    """Of the trained ones: the moments of the normalisation do not count. Nor does the one
-    number that was trained beside the network, `log_beta`, which only the loss knows."""
+    """Counts the trained parameters of the network. The moments of the normalisation do not
+    count. Neither does `log_beta`, a number that only the loss uses."""
     return sum(value.size for name, value in weights.items() if "running" not in name)
 
 
 def convolve(u, kernel, stride=1):
-    """Periodic convolution of `[c_in, x]` with `[c_out, c_in, kernel_size]`. The
-    published `padding=kernel_size - 1` meant half of that on each side, in PyTorch then."""
+    """Convolves `[c_in, x]` periodically with `[c_out, c_in, kernel_size]`. In the PyTorch of
+    that time, the published `padding=kernel_size - 1` meant half of that number on each
+    side."""
     half = kernel.shape[-1] // 2
     u = jnp.pad(u, ((0, 0), (half, half)), "wrap")
     return jax.lax.conv(u[None], kernel, (stride,), "VALID")[0]
 
 
 def ar_densed(weights, u):
-    """The next state `[1, x]` after the last two or five, `[past, x]`, the newest of which
-    comes last."""
+    """Returns the next state `[1, x]` after the last two or five states, `[past, x]`, of which
+    the newest comes last."""
 
     def normalise(name, u):
         mean, variance, scale, shift = (
@@ -103,8 +105,8 @@ def ar_densed(weights, u):
 
 @partial(jax.jit, static_argnames="num_steps")
 def trajectories(weights, states, num_steps):
-    """`[batch, num_steps + 1, 1, x]` from states `[batch, 1, x]`, each of which is also
-    all of its own predecessors."""
+    """Rolls out `[batch, num_steps + 1, 1, x]` from states `[batch, 1, x]`. Each state also
+    serves as all of its own predecessors."""
 
     def step(past, _):
         u = jnp.concatenate([past[:, 1:], jax.vmap(partial(ar_densed, weights))(past)], axis=1)
@@ -116,7 +118,8 @@ def trajectories(weights, states, num_steps):
 
 
 #
-# The tests: each prints a row for each draw, and returns times, MSE and nRMSE of the first one
+# The tests: each prints a row for each draw, and returns the times, MSE and nRMSE of the first
+# draw
 #
 
 

@@ -1,15 +1,16 @@
-"""Emulators of the 1D Burgers equation on the test of a published one, AR-DenseED. All of them
-were trained on the residual of an implicit step, without data.
+"""Trains emulators of the 1D Burgers equation for the test of a published one, AR-DenseED. All
+of them are trained on the residual of an implicit step, without data.
 
     ∂u/∂t + ½ ∂(u²)/∂x = ν ∂²u/∂x²,   x in [0, 1) periodic, ν = 0.0025
 
 N. Geneva, N. Zabaras: Modeling the dynamics of PDE systems with physics-constrained deep
 auto-regressive networks. J. Comput. Phys. 403, 109056 (2020), arXiv 1906.05747.
 
-Three choices helped most: a replay buffer with states of all ages, because the error is
-largest where shocks form; an emulator that runs in the frame that moves with the mean of u;
-and, in long trainings, a residual of fourth order in time from two states alone (Hermite). The
-solver is used only to evaluate the emulators. The numbers are in docs/published_emulator.md.
+Three choices helped most. A replay buffer holds states of all ages, i.e., after few and many
+steps of the emulator, because the error is largest where shocks form. The emulator runs in the
+frame that moves with the mean of u. In long training runs, a residual of fourth order in time
+from two states alone (Hermite) also helps. The solver is used only to evaluate the emulators.
+The numbers are in docs/published_emulator.md.
 
     python -m studies.ar_densed_burgers.run --seed 0 1 2     median, least and most
     python -m studies.ar_densed_burgers.run --ablation       one change at a time
@@ -56,12 +57,12 @@ REPORT_TIMES = (0.25, 0.5, 1, 1.5, 2)
 
 
 class Recipe(NamedTuple):
-    """What is trained, and on what. The ablation changes one item at a time."""
+    """Says what is trained, and on what. The ablation changes one item at a time."""
 
     residuum_fn: Callable = hermite
-    relative: bool = True  # else divided by a constant, the size of a typical step's change
-    moving_frame: bool = True  # else the emulator sees u together with its mean
-    fresh_shares: tuple[float, float] = (0.02, 0.5)  # over the buffer; 1: no replay buffer
+    relative: bool = True  # else divided by a typical RMS for all states
+    moving_frame: bool = True  # else the emulator sees u with its mean
+    fresh_shares: tuple[float, float] = (0.02, 0.5)  # over the buffer; 1 means no buffer
     num_rollout_steps: int = 1
     cuts: Cuts = Cuts()
     activation: Callable = gated
@@ -69,7 +70,7 @@ class Recipe(NamedTuple):
 
 
 class Emulator(eqx.Module):
-    """Advances a state `[1, NUM_POINTS]` by differences of a flux, which keep its mean."""
+    """Advances a state `[1, NUM_POINTS]` by differences of a flux, which preserve its mean."""
 
     network: ConvNet
 
@@ -83,8 +84,8 @@ class Emulator(eqx.Module):
 
 
 def train_emulator(case):
-    """Of the case (model, recipe, seed, number of updates). Returns the case, the emulator, and
-    the seconds that its training took."""
+    """Trains the case (model, recipe, seed, number of updates). Returns the case, the emulator,
+    and the training time in seconds."""
     model, recipe, seed, num_updates = case
     init_key, buffer_key, updates_key = jax.random.split(jax.random.key(seed), 3)
     fresh = partial(initial_conditions, with_mean=not recipe.moving_frame)
@@ -110,7 +111,7 @@ def train_emulator(case):
 
 
 def trajectories(stepper, states, moving_frame=True):
-    """`[run, TEST_STEPS + 1, 1, NUM_POINTS]`, in float32."""
+    """Rolls out `[run, TEST_STEPS + 1, 1, NUM_POINTS]` in float32."""
     states = jnp.asarray(states, jnp.float32)[:, None]
     advance = lambda u: rollout(stepper, u[:, 0], TEST_STEPS)
     return in_moving_frame(advance, states) if moving_frame else advance(states)
@@ -127,18 +128,18 @@ COLUMNS = {
     "updates": ("updates", "{:.0f}"),
     "training": ("seconds", "{:.0f} s"),
 }
-# Which the rows of the ablation share, apart from the GELU.
+# All rows of the ablation share these columns, apart from the row of the GELU.
 SHARED = ("parameters", "training")
 ABLATION_COLUMNS = {name: x for name, x in COLUMNS.items() if name not in SHARED}
 
 
 def mean_squared_error(u, reference):
-    """`[time]`, the mean over runs and space."""
+    """Computes the error `[time]`, a mean over runs and space."""
     return np.mean((np.asarray(u, np.float64) - reference) ** 2, axis=(0, 2, 3))
 
 
 def make_row(model, mse, seed="", emulator=None, updates="", seconds=""):
-    """A row of the CSV file."""
+    """Returns a row of the CSV file."""
     mse = np.nan_to_num(mse, nan=np.inf)  # where the emulator diverged
     row = {"model": model, "seed": seed}
     row |= {f"mse_{t:g}": f"{mse[round(t / DT)]:.3g}" for t in REPORT_TIMES}
@@ -182,7 +183,7 @@ ABLATION = {
 
 
 def train_and_evaluate(cases, reference, workers):
-    """Yields (row of the CSV file, MSE over time, trajectories) of each case."""
+    """Yields (row of the CSV file, MSE over time, trajectories) for each case."""
     start = reference[:, 0]
     for (model, recipe, seed, updates), emulator, seconds in machine.on_single_cores(
         train_emulator, cases, workers
@@ -193,7 +194,7 @@ def train_and_evaluate(cases, reference, workers):
 
 
 def draw(pictures, errors):
-    """One run in space and time; errors over time `{column: [time]}`."""
+    """Draws one run in space and time, and the errors over time `{column: [time]}`."""
     figure = plt.figure(figsize=(11, 6.2), layout="constrained")
     axes = figure.subplot_mosaic([[*pictures], 3 * ["error"]])
     for title, u in pictures.items():
@@ -216,7 +217,7 @@ def draw(pictures, errors):
 
 
 def exact_errors(solver):
-    """The mean squared error over time of each exact step, and of persistence."""
+    """Returns the mean squared error over time of each exact step, and of persistence."""
     persistence = np.broadcast_to(solver[:, :1], solver.shape)
     errors = {"persistence": mean_squared_error(persistence, solver)}
     for model, (residuum_fn, moving_frame) in EXACT.items():
@@ -242,7 +243,7 @@ def main():
     runs = range(1000, 1048) if args.ablation else range(NUM_TEST)
     solver = reference(published_states(runs[:2] if args.quick else runs, 1024))
     models = ABLATION if args.ablation else {OURS: Recipe()}
-    cases = [  # in the ablation, longer rollouts have fewer updates, and so take as long
+    cases = [  # in the ablation, fewer updates for longer rollouts keep the time the same
         (model, recipe, seed, max(20, num_updates // recipe.num_rollout_steps))
         for model, recipe in models.items()
         for seed in args.seed

@@ -1,5 +1,5 @@
-"""Emulators of the 1D Kuramoto–Sivashinsky equation on the test of a published one, AR-DenseED.
-All of them were trained on the residual of a Crank–Nicolson step, without data.
+"""Trains emulators of the 1D Kuramoto–Sivashinsky equation for the test of a published one,
+AR-DenseED. All of them are trained on the residual of a Crank–Nicolson step, without data.
 
     ∂u/∂t + ½ ∂(u²)/∂x + ∂²u/∂x² + ∂⁴u/∂x⁴ = 0,   x in [0, 22π) periodic
 
@@ -7,7 +7,7 @@ N. Geneva, N. Zabaras: Modeling the dynamics of PDE systems with physics-constra
 auto-regressive networks. J. Comput. Phys. 403, 109056 (2020), arXiv 1906.05747.
 
 In the ablation, these choices helped most, in this order: spectral derivatives rather than
-differences of second order; initial conditions that are not periodic within the domain, unlike
+second-order differences; initial conditions that are not periodic within the domain, unlike
 those of the original training; a network that multiplies channels, because the equation is
 quadratic; and many updates on small batches, with a short memory of Adam. The training states
 come from a replay buffer, which is refilled with the final states of the emulator's own
@@ -54,21 +54,21 @@ REPORT_TIMES = (1, 5, 10, 20)
 
 
 class Recipe(NamedTuple):
-    """What is trained, and on what. The ablation changes one item at a time."""
+    """Says what is trained, and on what. The ablation changes one item at a time."""
 
     num_rollout_steps: int = 4
     cuts: Cuts = Cuts()
     relative_updates: float = 1.0
     residuum_fn: Callable = preconditioned_crank_nicolson
-    long: float = 0.1  # of the long waves among the initial conditions
+    long: float = 0.1  # amplitude of the long waves in the initial conditions
     batch_size: int = 8
-    b2: float = 0.99  # of Adam
+    b2: float = 0.99  # decay rate of Adam
     network: Callable = ConvNet
 
 
 def train_emulator(case):
-    """Of the case (model, recipe, seed, number of updates). Returns the case, the emulator, and
-    the seconds that its training took."""
+    """Trains the case (model, recipe, seed, number of updates). Returns the case, the emulator,
+    and the training time in seconds."""
     model, recipe, seed, num_updates = case
     init_key, buffer_key, updates_key = jax.random.split(jax.random.key(seed), 3)
     fresh = partial(initial_conditions, long=recipe.long)
@@ -100,25 +100,26 @@ def train_emulator(case):
 
 
 def mean_squared_error(u, reference):
-    """`[time]`, the mean over samples and space."""
+    """Computes the error `[time]`, a mean over samples and space."""
     return jnp.mean((u - reference) ** 2, axis=(0, 2, 3))
 
 
 def spectrum(u):
-    """The mean of |û|² `[mode]`; that of cos x is 1/4."""
+    """Computes the mean of |û|², `[mode]`, which is 1/4 for cos x."""
     return jnp.mean(jnp.abs(jnp.fft.rfft(u) / NUM_POINTS) ** 2, axis=(0, 1, 2))
 
 
 class Scores(NamedTuple):
-    """Of one emulator. `numbers` are the columns of its row in the CSV file."""
+    """Holds the scores of one emulator. `numbers` are the columns of its row in the CSV
+    file."""
 
     mse: np.ndarray  # [time]
-    energy: np.ndarray  # of the modes of `MODES`, relative to the solver's
+    energy: np.ndarray  # [mode], of `MODES`, relative to the solver's energy
     numbers: dict[str, float]
 
 
-# Heading of each column: name in the CSV file, format. The error of the spectrum is the
-# largest one of all `MODES`.
+# Each heading comes with the column's name in the CSV file, and a format. The error of the
+# spectrum is the largest error of all `MODES`.
 COLUMNS = {
     **{f"t = {t}": (f"mse_{t}", "{:.1e}") for t in REPORT_TIMES},
     "nRMSE 0.3": ("time_of_nrmse_0.3", "{:.1f}"),
@@ -133,8 +134,8 @@ ABLATION_COLUMNS = {
     "updates": ("updates", "{:.0f}"),
     "training": ("seconds", "{:.0f} s"),
 }
-MODES = slice(2, 25)  # without the longest wave, of which there are too few samples
-STATISTICS_FROM = 200  # steps
+MODES = slice(2, 25)  # the longest wave has too few samples
+STATISTICS_FROM = 200  # step
 
 
 def evaluate(u, reference):
@@ -144,13 +145,13 @@ def evaluate(u, reference):
     numbers = {f"mse_{t}": mse[round(t / DT)] for t in REPORT_TIMES}
     numbers["time_of_nrmse_0.3"] = DT * np.argmax(too_large)
     numbers |= {"std": np.std(u), "spectrum": np.max(np.abs(energy / solver - 1))}
-    # Where the emulator diverged, errors are infinite.
+    # If the emulator diverged, the errors are infinite.
     numbers = {name: float(np.nan_to_num(x, nan=np.inf)) for name, x in numbers.items()}
     return Scores(mse, energy / solver, numbers)
 
 
 def make_row(model, numbers, seed="", emulator=None, updates="", seconds=""):
-    """A row of the CSV file."""
+    """Returns a row of the CSV file."""
     numbers = {name: f"{x:.6g}" for name, x in numbers.items()}
     columns = train_and_tabulate.training_columns(emulator, updates, seconds)
     return {"model": model, "seed": seed, **numbers, **columns}
@@ -161,8 +162,8 @@ def make_row(model, numbers, seed="", emulator=None, updates="", seconds=""):
 #
 
 EXACT = "exact step, Crank–Nicolson"
-# Measured by studies/ar_densed_burgers/published_weights.py, from the weights of commit
-# adeb9f313d70.
+# studies/ar_densed_burgers/published_weights.py measured these numbers, with the weights of
+# commit adeb9f313d70.
 PUBLISHED = "AR-DenseED"
 PUBLISHED_NUMBERS = {
     **{"mse_1": 6.0e-4, "mse_5": 8.8e-3, "mse_10": 6.6e-2, "mse_20": 0.56},
@@ -201,7 +202,7 @@ ABLATION = {
 
 
 def train_and_evaluate(cases, reference, workers):
-    """Yields (row of the CSV file, scores, first trajectory) of each case."""
+    """Yields (row of the CSV file, scores, first trajectory) for each case."""
     for (model, _, seed, updates), emulator, seconds in machine.on_single_cores(
         train_emulator, cases, workers
     ):
@@ -211,7 +212,8 @@ def train_and_evaluate(cases, reference, workers):
 
 
 def draw(reference, emulated, scores):
-    """One trajectory in space and time; errors over time and spectra of all emulators."""
+    """Draws one trajectory in space and time, and the errors over time and the spectra of all
+    emulators."""
     pictures = {"solver": reference, "emulator": emulated, "difference": emulated - reference}
     figure = plt.figure(figsize=(11, 6.2), layout="constrained")
     axes = figure.subplot_mosaic([[*pictures], ["mse", "mse", "energy"]])

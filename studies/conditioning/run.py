@@ -7,14 +7,14 @@ error is `e = u_next - A⁻¹ B u_prev`, and the residual equals `A e`. Hence, a
 
     s_min(A)² · mean|e|²  ≤  mean|A e|²  ≤  s_max(A)² · mean|e|²
 
-with the smallest and the largest singular value of A. Both losses have the same minimum, but
+with the smallest and the largest singular value of A. Both losses have the same minimum. But
 the weights of the residual loss differ by up to cond(A)² between directions of the error, which
-slows the optimiser down. The preconditioned residual `A⁻¹ r` is the error itself.
+slows down the optimiser. The preconditioned residual `A⁻¹ r` is the error itself.
 
-Here a linear emulator learns one implicit Euler step of the heat equation. The condition number
-of its matrix A grows with the number of points.
+In this study, a linear emulator learns one implicit Euler step of the heat equation. The
+condition number of its matrix A grows with the number of points.
 
-The table has the median over the seeds, and the figure shows the first one. All seeds are in
+The table has the median over the seeds, and the figure shows the first seed. All seeds are in
 the CSV file.
 
     python -m studies.conditioning.run                    trains; assets/conditioning.png
@@ -41,14 +41,14 @@ BATCH_SIZE = 128
 
 
 def implicit_euler_matrix(num_points):
-    """A of `A u_next = u_prev`, for the heat equation on [0, 1), periodic."""
+    """Returns the A of `A u_next = u_prev`, for the heat equation on [0, 1), periodic."""
     identity = np.eye(num_points)
     laplacian = np.roll(identity, 1, axis=0) - 2 * identity + np.roll(identity, -1, axis=0)
     return identity - DIFFUSION * num_points**2 * laplacian
 
 
 def singular_values(num_points):
-    """The smallest and the largest."""
+    """Returns the smallest and the largest singular value."""
     values = np.linalg.svd(implicit_euler_matrix(num_points), compute_uv=False)
     return values[-1], values[0]
 
@@ -59,7 +59,8 @@ def condition_number(num_points):
 
 
 def losses(matrix, emulator, data):
-    """The residual loss, and the diverted-chain loss as a preconditioned residual loss."""
+    """Computes the residual loss, and the diverted-chain loss as a preconditioned residual
+    loss."""
     stepper = lambda u_prev: emulator @ u_prev
     residuum_fn = lambda u_next, u_prev: matrix @ u_next - u_prev
     error_loss = lambda residual: mse(jnp.linalg.solve(matrix, residual))
@@ -94,7 +95,7 @@ def train(num_points, *, preconditioned, num_updates, seed):
 
 
 def draw(histories):
-    """Both losses within their bounds; the error by the loss that was minimised."""
+    """Draws both losses within their bounds, and the error for each loss that was minimised."""
     _, error_color, residual_color, *_ = COLORS
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for axis, num_points in zip(axes, (NUM_POINTS[0], NUM_POINTS[-1]), strict=False):
@@ -123,7 +124,7 @@ def draw(histories):
 
 
 def csv_row(num_points, preconditioned, seed, history):
-    """Both losses `[num_updates, 2]`, at the first and the last update."""
+    """Makes a row from both losses `[num_updates, 2]`, at the first and at the last update."""
     (residual_first, error_first), (residual_last, error_last) = history[[0, -1]]
     return dict(
         num_points=num_points,

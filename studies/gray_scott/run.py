@@ -1,9 +1,9 @@
-"""An ablation of the recipe of examples/gray_scott.py: what each of its items gains, one change
+"""What does each item of the recipe of examples/gray_scott.py gain? The study changes one item
 at a time.
 
-All rows are trained for the same time and with two learning rates, of which the table shows the
-better one. Errors are those after 50 steps, on unseen samples with unseen rates, from patterns
-and from the seeds that they grow from.
+Each row is trained for the same time, with two learning rates, and the table shows the better
+one. The table has the errors after 50 steps, on unseen samples with unseen rates. They start
+from patterns, and from the spots that grow into patterns.
 
     python -m studies.gray_scott.run             20 minutes on one core
     python -m studies.gray_scott.run --quick     to see that it runs
@@ -24,16 +24,16 @@ from studies import train_and_tabulate
 
 
 class Recipe(NamedTuple):
-    """The defaults are those of the example."""
+    """Says what is trained, and how. The defaults are those of the example."""
 
     scale_fields: bool = True
     scale_residuals: bool = True
     start_at_identity: bool = True
     precondition: bool = True
     bilinear: bool = True  # else GELU
-    num_rollout_steps: int = 1  # with a replay buffer, the next update continues from there
+    num_rollout_steps: int = 1  # the replay buffer continues the rollout in the next update
     cuts: Cuts = Cuts()
-    buffer_size: int = 64  # 0: new random states for each update
+    buffer_size: int = 64  # with 0, each update has new random states
     batch_size: int = 4
 
 
@@ -66,7 +66,7 @@ STEPS = (1, 10, 50, 100)
 
 
 #
-# What the example trains, with switches
+# The emulator and the training of the example, with switches
 #
 
 
@@ -105,7 +105,7 @@ class Emulator(eqx.Module):
 
 
 def make_training(recipe, key, **options):
-    """The carry and the update of `gray_scott.make_training`."""
+    """Returns the carry and the update of `gray_scott.make_training`."""
     model_key, buffer_key = jax.random.split(key)
     return gray_scott.make_training(
         Emulator(recipe, model_key),
@@ -126,8 +126,8 @@ def make_training(recipe, key, **options):
 
 
 def evaluate(stepper, tests):
-    """Errors by initial states, field and step; and at how many of the first 50 steps they are
-    smaller than those of persistence in both fields."""
+    """Returns the errors by initial states, field and step, and at how many of the first 50
+    steps these errors are smaller than those of persistence in both fields."""
     row: dict[str, float] = {}
     for start, states in tests.items():
         _, errors = gray_scott.evaluate(stepper, states)
@@ -140,7 +140,7 @@ def evaluate(stepper, tests):
 
 
 def score(row):
-    """The better learning rate has the lower one."""
+    """The score of a learning rate. The better learning rate has the lower score."""
     error = float(row["patterns, u and v, 50"]) + float(row["seeds, u and v, 50"])
     return error if error == error else float("inf")  # NaN
 
@@ -154,12 +154,12 @@ COLUMNS = {
 
 
 def markdown(rows):
-    """The table of the rows of the CSV file, the first of which is persistence."""
+    """Makes the table of the rows of the CSV file, the first of which is persistence."""
     lines = []
     for name in dict.fromkeys(row["row"] for row in rows):
         best = min((row for row in rows if row["row"] == name), key=score)
         errors = [float(best[column]) for column in COLUMNS]
-        errors = [f"{x:.3f}" if x < 10 else "diverges" for x in errors]  # or NaN
+        errors = [f"{x:.3f}" if x < 10 else "diverges" for x in errors]  # NaN diverges as well
         steps = min(int(best[f"{start}, better"]) for start in ("patterns", "seeds"))
         better = f"{steps} of 50 steps"
         if name == "persistence":

@@ -1,10 +1,10 @@
-"""The emulator of examples/shallow_water.py in basins that it has never seen, beside exact
-steps of the residuals and a refined solution.
+"""Evaluates the emulator of examples/shallow_water.py in unseen basins, and compares it with
+exact steps of the residuals and with a refined solution.
 
-Training sees random winds. The test has two more kinds of wind: a gale that turns, and a wind
-that stops. Further columns show what the emulator keeps: mass, a finite state under a constant
-wind, the slope of the surface in a closed channel, and a western-intensified gyre. The numbers
-are in docs/examples.md.
+Training uses random winds. The test has two more kinds of wind: a gale that turns, and a wind
+that stops. Further columns show whether the emulator conserves mass, stays finite under a
+constant wind, and reproduces the slope of the surface in a closed channel and a
+western-intensified gyre. The numbers are in docs/examples.md.
 
     python -m studies.shallow_water.run --seed 0 1 2     median, least and most
     python -m studies.shallow_water.run --ablation       one change at a time
@@ -32,22 +32,22 @@ from studies import train_and_tabulate
 
 
 #
-# What is trained
+# The emulators that are trained
 #
 
 
 class Recipe(NamedTuple):
-    """The ablation changes one item at a time."""
+    """Says what is trained, and how. The ablation changes one item at a time."""
 
     make_emulator: Callable = Emulator
     residuum_fn: Callable = scaled_residual
     num_rollout_steps: int = 1
     cuts: Cuts = Cuts()
-    fresh_share: float = 0.01  # of the states of an update; 1: no replay buffer
+    fresh_share: float = 0.01  # of the states of an update; with 1, there is no replay buffer
 
 
 class FreeElevation(Emulator):
-    """The network's third output is the change of η, which then ignores continuity."""
+    """Uses the network's third output as the change of η, which then ignores continuity."""
 
     def correction(self, output, residual, state):
         walls = jnp.concatenate([basin.open_faces(state.mask), state.mask[None]])
@@ -55,7 +55,7 @@ class FreeElevation(Emulator):
 
 
 class RawFields(Emulator):
-    """The network sees fields and wind, rather than the residual, and corrects once."""
+    """Shows fields and wind to the network instead of the residual, and corrects once."""
 
     def __init__(self, key):
         super().__init__(key)
@@ -74,7 +74,7 @@ def scaled_crank_nicolson(u_next, u_prev, wind):
 
 
 OURS, REFINED, EXACT = "residuum", "Runge–Kutta, dt / 32", "exact step, Hermite"
-OTHERS = {  # the references first
+OTHERS = {  # with the references first
     REFINED: partial(basin.runge_kutta, num_substeps=32),
     EXACT: basin.exact_step(basin.hermite),
     "Runge–Kutta, dt / 16": basin.runge_kutta,
@@ -100,7 +100,7 @@ ABLATION = {
 
 
 class Tests(NamedTuple):
-    """The sizes of the tests, and a seed for basins and winds."""
+    """Sets the sizes of the tests, and a seed for basins and winds."""
 
     seed: int = 2211
     num_samples: int = 16
@@ -111,8 +111,9 @@ class Tests(NamedTuple):
 
 
 def amplitudes(kind, first, num_steps, key):
-    """Of a kind of wind, `[sample, time, 6]`. Winds that are not random are uniform, three
-    times as strong as is typical, and begin in another direction in each sample."""
+    """Returns the amplitudes `[sample, time, 6]` of a kind of wind. Winds that are not random
+    are uniform and three times as strong as a typical wind. They begin in another direction in
+    each sample."""
     if kind == "random":
         return basin.amplitude_series(first, num_steps, key)
     time, turns = np.arange(num_steps), np.arange(len(first))[:, None] / len(first)
@@ -123,7 +124,7 @@ def amplitudes(kind, first, num_steps, key):
 
 
 def states_and_winds(tests):
-    """States, and winds `{kind: [sample, time, 2, x, y]}`."""
+    """Returns states, and winds `{kind: [sample, time, 2, x, y]}`."""
     states_key, wind_key = jax.random.split(jax.random.key(tests.seed))
     states, first = basin.random_samples(states_key, tests.num_samples)
     series = {kind: amplitudes(kind, first, tests.num_steps, wind_key) for kind in tests.winds}
@@ -131,7 +132,8 @@ def states_and_winds(tests):
 
 
 def after(num_steps, stepper, states, amplitudes):
-    """The states after steps under constant winds, of amplitudes `[sample, 6]`."""
+    """Returns the states after `num_steps` steps under constant winds with amplitudes `[sample,
+    6]`."""
 
     def last_state(state, wind):
         return jax.lax.fori_loop(0, num_steps, lambda _, state: stepper(state, wind), state)
@@ -141,15 +143,15 @@ def after(num_steps, stepper, states, amplitudes):
 
 
 def rectangle(depth, width=basin.NUM_POINTS):
-    """A batch of one basin at rest, as deep everywhere, whose extent in y is `width`."""
+    """Returns a batch of one basin at rest, of uniform depth, whose extent in y is `width`."""
     shape = (1, basin.NUM_POINTS, basin.NUM_POINTS)
     mask = jnp.broadcast_to(jnp.where(jnp.arange(basin.NUM_POINTS) < width, 1.0, 0.0), shape)
     return basin.State(jnp.zeros((1, 3, *shape[1:])), jnp.full(shape, depth), mask)
 
 
 def set_up(advance, depth=0.5, stress=0.00125):
-    """From rest, under a wind along a channel with closed ends: the slope of the surface over
-    τ / (g h)."""
+    """Returns the slope of the surface divided by τ / (g h), under a wind along a channel with
+    closed ends that was at rest."""
     state = advance(rectangle(depth, width=8), jnp.array([[stress, 0, 0, 0, 0, 0]]))
     eta = state.fields[0, 2, :, :8]
     slope = jnp.mean(eta[-1] - eta[0]) / (basin.NUM_POINTS - 1)
@@ -157,27 +159,28 @@ def set_up(advance, depth=0.5, stress=0.00125):
 
 
 def gyre(advance, depth=0.6, stress=0.002):
-    """The stream function `[x, y]` of the transport, from rest in a square basin. The wind
-    blows to the west in the south and to the east in the north."""
+    """Returns the stream function `[x, y]` of the transport in a square basin that was at rest.
+    The wind blows to the west in the south and to the east in the north."""
     state = advance(rectangle(depth), jnp.array([[0, 0, -stress, 0, 0, 0]]))
     return -depth * np.cumsum(state.fields[0, 0], axis=1)
 
 
 def mass_error(fields, states):
-    """The largest change of the mean elevation of a basin, over the typical elevation."""
+    """Returns the largest change of a basin's mean elevation, divided by the RMS elevation."""
     mean = jnp.sum(fields[:, :, 2], axis=(2, 3)) / jnp.sum(states.mask, axis=(1, 2))[:, None]
     return float(jnp.max(jnp.abs(mean - mean[:, :1])) / basin.FIELD_SIZE[2, 0, 0])
 
 
 def num_finite(stepper, tests):
-    """How many of `tests.num_long` basins are finite after a long time of constant wind."""
+    """Counts how many of `tests.num_long` basins are finite after a long time of constant
+    wind."""
     states, amplitudes = basin.random_samples(jax.random.key(tests.seed + 1), tests.num_long)
     fields = after(tests.long_steps, stepper, states, amplitudes).fields
     return int(jnp.sum(jnp.all(jnp.isfinite(fields), axis=(1, 2, 3))))
 
 
 class Run(NamedTuple):
-    """What a stepper does in the tests."""
+    """Holds the results of a stepper in the tests."""
 
     fields: dict  # {kind of wind: [sample, time, 3, x, y]}
     mass: float
@@ -189,8 +192,8 @@ class Run(NamedTuple):
 
 
 def train_and_run(case):
-    """Of a case (model, recipe, seed, number of updates, tests), where a model without a recipe
-    is one of `OTHERS`. Returns model and seed, and a `Run`."""
+    """Trains and tests a case (model, recipe, seed, number of updates, tests). A model without
+    a recipe is one of `OTHERS`. Returns (model, seed) and a `Run`."""
     model, recipe, seed, num_updates, tests = case
     if recipe is None:
         stepper, trained = OTHERS[model], {}
@@ -208,11 +211,11 @@ def train_and_run(case):
 
 
 #
-# Rows of the CSV files, and tables of them
+# Rows of the CSV files, and tables from them
 #
 
 REPORT_STEPS = (1, 10, 50, 200)
-REFERENCES = {  # of the columns
+REFERENCES = {  # column: kind of wind, model to compare with
     "refined": ("random", REFINED),
     "exact": ("random", EXACT),
     "turning": ("turning", REFINED),
@@ -253,12 +256,12 @@ ABLATION_COLUMNS = {
 
 
 def make_row(model, seed, num_updates, run, runs):
-    """From a run, and those of the references, `{model: run}`."""
+    """Makes a row from a run and from the runs of the references, `{model: run}`."""
     row = {"model": model, "seed": seed}
     for name, (kind, reference) in REFERENCES.items():
         if kind in run.fields:
             errors = basin.relative_error(run.fields[kind], runs[reference].fields[kind])
-            errors = np.nan_to_num(errors, nan=np.inf)  # where the emulator diverged
+            errors = np.nan_to_num(errors, nan=np.inf)  # if the emulator diverged
             last = len(errors) - 1  # less than 200 with --quick
             row |= {f"{name}_{n}": f"{errors[min(n, last)]:.3g}" for n in REPORT_STEPS}
     checks = dict.fromkeys(("mass", "set_up", "gyre", "gyre_centre"), "")
@@ -273,12 +276,12 @@ def make_row(model, seed, num_updates, run, runs):
 
 
 #
-# Figure and animation, of the first sample
+# Figure and animation of the first sample
 #
 
 
 def draw(runs, states, step):
-    """States and stream functions, and errors against the refined solution."""
+    """Draws states and stream functions, and errors relative to the refined solution."""
     figure = plt.figure(figsize=(13, 6.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     axes = top.subplots(1, 5)
@@ -303,13 +306,13 @@ def draw(runs, states, step):
         solution = runs[REFINED].fields[kind]
         errors = {m: basin.relative_error(runs[m].fields[kind], solution) for m in models}
         common.plot_errors(axis, basin.DT, errors, title)
-        axis.lines[-1].set(linewidth=4, alpha=0.4, zorder=1)  # below that of the exact step
+        axis.lines[-1].set(linewidth=4, alpha=0.4, zorder=1)  # below the line of the exact step
     bottom.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def animate(path, runs, states, num_steps=120):
-    """Writes a GIF: the solver and the emulator under a gale that turns."""
+    """Writes a GIF of the solver and the emulator under a gale that turns."""
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.5), layout="constrained")
     trajectories = {"solver": runs[REFINED], "emulator": runs[OURS]}
 
@@ -339,7 +342,7 @@ def main():
     if args.quick:
         tests = tests._replace(num_samples=2, num_steps=20, num_long=2, long_steps=20)
     recipes = ABLATION if args.ablation else {OURS: Recipe()}
-    trained = [  # longer rollouts have fewer updates, and so take as long
+    trained = [  # fewer updates for longer rollouts keep the time the same
         (model, recipe, seed, max(20, num_updates // recipe.num_rollout_steps), tests)
         for model, recipe in recipes.items()
         for seed in args.seed
@@ -350,7 +353,7 @@ def main():
     results = dict(machine.on_single_cores(train_and_run, cases))
     rows, runs = [], {}
     for model, _, seed, updates, _ in cases:
-        runs.setdefault(model, results[model, seed])  # that of the first seed
+        runs.setdefault(model, results[model, seed])  # keeps the run of the first seed
         if model != REFINED:
             rows.append(make_row(model, seed, updates, results[model, seed], runs))
     if args.ablation:

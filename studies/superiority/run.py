@@ -1,17 +1,18 @@
-"""Emulators of the 1D Burgers equation on a published test of *superiority*: is an emulator
-closer to a fine solver than a coarse solver is?
+"""Trains emulators of the 1D Burgers equation for a published test of *superiority*: is an
+emulator closer to a fine solver than a coarse solver is?
 
     u_next − u_prev = ν ∂²u_next/∂x² − b u_next ∂u_next/∂x,   x in [0, 1) periodic, upwind
 
 F. Koehler, N. Thuerey: Neural Emulator Superiority: When Machine Learning for PDEs Surpasses
 its Training Data. NeurIPS 2025, arXiv 2510.23111.
 
-Both solvers take this implicit step of first order. The fine one iterates until it is solved,
-the coarse one only once. The superiority of an emulator is its error over that of the coarse
-solver, both against the fine solver. The authors ask what training on *coarse data* can give.
-Two of the models answer that, and what *fine data* give. The third model answers another
-question: it is trained on the residual of the fine step, which needs no solver at all. The
-numbers are in docs/published_emulator.md.
+Both solvers take this implicit step of first order. The fine solver iterates until the step is
+solved, and the coarse solver iterates only once. The superiority of an emulator is its error
+divided by the error of the coarse solver, both relative to the fine solver. The authors ask
+what training on *coarse data* can achieve. Two of the models answer that question, for coarse
+data and for *fine data*. The third model answers another question: it is trained on the
+residual of the fine step, which needs no solver at all. The numbers are in
+docs/published_emulator.md.
 
     python -m studies.superiority.run --seed 0 1 2     median, least and most
     python -m studies.superiority.run --quick          to see that it runs
@@ -43,8 +44,8 @@ BUFFER_SIZE, BATCH_SIZE = 64, 8
 
 
 def change(v, wind):
-    """What diffusion and a wind do to v in one step: upwind differences of first order, with
-    the mean of the wind on the side where it comes from."""
+    """Computes the change of v in one step by diffusion and a wind, by upwind differences of
+    first order. The wind at a face is the mean of its two neighbours."""
     left, right = jnp.roll(v, 1, -1), jnp.roll(v, -1, -1)
     from_left = jnp.maximum((jnp.roll(wind, 1, -1) + wind) / 2, 0)
     from_right = jnp.minimum((jnp.roll(wind, -1, -1) + wind) / 2, 0)
@@ -62,16 +63,17 @@ AMPLIFICATION = 1 + COURANT * np.abs(1 - np.exp(1j * WAVENUMBERS))
 
 
 def preconditioned(u_next, u_prev):
-    """The residual of `implicit_euler` without its amplification of short waves: with a wind
-    of 1, an error of `u_next` enters the residual multiplied by up to `AMPLIFICATION`. It is
-    divided by its size for persistence, so that all states count alike."""
+    """The residual of `implicit_euler` without its amplification of short waves: with a wind of
+    1, an error of `u_next` enters the residual multiplied by up to `AMPLIFICATION`. The
+    residual is divided by the RMS of the residual of persistence, so that all states count
+    alike."""
     scaled = lambda r: jnp.fft.irfft(jnp.fft.rfft(r) / AMPLIFICATION)
     size = jnp.mean(scaled(implicit_euler(u_prev, u_prev)) ** 2)
     return scaled(implicit_euler(u_next, u_prev)) / jnp.sqrt(size + 1e-8)
 
 
 def picard(u_prev, num_iterations):
-    """Solves the implicit step with the wind of the last iteration, at first of `u_prev`."""
+    """Solves the implicit step with the wind of the last iteration, or of `u_prev` at first."""
 
     def iterate(_, u):
         matrix = jnp.eye(NUM_POINTS) - jax.jacfwd(lambda v: change(v, wind=u[0]))(u[0])
@@ -89,7 +91,8 @@ def fine(u_prev):
 
 
 def initial_conditions(num_samples, key):
-    """One random wave and an offset in ±½, scaled to a maximum of 1, `[num_samples, 1, x]`."""
+    """Draws a random wave plus an offset in ±½, scaled to a maximum of 1, `[num_samples, 1,
+    x]`."""
     keys = jax.random.split(key, 3)
     shape = (num_samples, 1, 1)
     amplitude = jax.random.uniform(keys[0], shape, minval=-1.0)
@@ -110,7 +113,8 @@ DATA = {"data of the coarse solver": coarse, "data of the fine solver": fine}
 
 
 class Emulator(eqx.Module):
-    """Advances a state `[1, NUM_POINTS]` by the output of a ConvNet, which is 0 at first."""
+    """Advances a state `[1, NUM_POINTS]` by the output of a ConvNet, which is 0 before
+    training."""
 
     network: ConvNet
 
@@ -124,8 +128,9 @@ class Emulator(eqx.Module):
 
 
 def on_data(solver, key):
-    """The loss of one-step pairs from trajectories of a solver, for `minimise`:
-    distances from the solver's next state, divided by its distance from the last one."""
+    """Returns the loss of one-step pairs from trajectories of a solver, for `minimise`. The
+    loss is the distance to the solver's next state, divided by the distance between the
+    solver's two states."""
     start = initial_conditions(NUM_TRAIN, key)
     u = rollout(solver, start, TEST_STEPS)
     u_prev, u_next = (x.reshape(-1, 1, 1, NUM_POINTS) for x in (u[:, :-1], u[:, 1:]))
@@ -143,8 +148,8 @@ def on_data(solver, key):
 
 
 def train_emulator(case):
-    """Of the case (model, seed, number of updates). Returns the case, the emulator, and the
-    seconds that its training took."""
+    """Trains the case (model, seed, number of updates). Returns the case, the emulator, and the
+    training time in seconds."""
     model, seed, num_updates = case
     keys = jax.random.split(jax.random.key(seed), 3)
     if model == RESIDUAL:
@@ -169,7 +174,7 @@ def train_emulator(case):
 # The evaluation
 #
 
-PUBLISHED = {  # medians of 30 seeds, by step; network and training of the paper
+PUBLISHED = {  # medians of 30 seeds, by step, for the paper's network and training
     "UNet of the paper, coarse data": (1, 0.91, 0.85, 0.88, 0.92, 0.96, 1, 1.05, 1.09, 1.14)
 }
 REPORT_STEPS = (1, 2, 5, 10)
@@ -184,7 +189,7 @@ COLUMNS = {
 
 
 def make_row(model, superiority, seed="", emulator=None, updates="", seconds=""):
-    """A row of the CSV file, from the superiority `[step]` from step 1 on."""
+    """Makes a row of the CSV file from the superiority `[step]`, from step 1 on."""
     row = {"model": model, "seed": seed}
     row |= {f"superiority_{n}": f"{x:.4g}" for n, x in enumerate(superiority, 1)}
     row["superiority_largest"] = f"{np.max(superiority):.4g}"
@@ -192,7 +197,8 @@ def make_row(model, superiority, seed="", emulator=None, updates="", seconds="")
 
 
 def draw(rows, states):
-    """Superiority over steps, from the rows of the CSV file; states of one test run."""
+    """Draws the superiority over steps, from the rows of the CSV file, and the states of one
+    test run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     steps = range(1, TEST_STEPS + 1)
     models = (*PUBLISHED, *DATA, RESIDUAL, "persistence")

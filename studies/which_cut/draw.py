@@ -14,12 +14,12 @@ from benchmarks import tables
 from studies.which_cut.run import PROBLEMS, same_program
 
 
-DIVERGED = 10.0  # times the size of the solution
+DIVERGED = 10.0  # times the norm of the solution
 
 
 def errors_of(rows, problem, cut, num_rollout_steps):
-    """Of all seeds, sorted; infinite if the emulator diverged. An entry that was not trained
-    has those of the same program."""
+    """Returns the errors of all seeds, sorted. An error is infinite if the emulator diverged.
+    An entry that was not trained has the errors of the same program under another name."""
     trained = same_program(cut, num_rollout_steps)
     key = (problem, trained, str(num_rollout_steps))
     fields = ("problem", "cut", "num_rollout_steps")
@@ -31,7 +31,7 @@ def errors_of(rows, problem, cut, num_rollout_steps):
 # The table
 #
 
-ROWS = {  # of the table: some of `CUTS`, and their names there
+ROWS = {  # some of `CUTS`, and their names in the table
     "no cut": "`Cuts()`",
     "bptt=4": "`Cuts(bptt=4)`",
     "bptt=2": "`Cuts(bptt=2)`",
@@ -42,7 +42,7 @@ ROWS = {  # of the table: some of `CUTS`, and their names there
 
 
 def markdown(all_rows):
-    """A table for each problem."""
+    """Makes a table for each problem."""
     found = []
     steps = sorted({int(row["num_rollout_steps"]) for row in all_rows})
     for problem in PROBLEMS:
@@ -80,7 +80,7 @@ def write_error(error, best):
 
 
 def write_plainly(x):
-    """Two digits, without an exponent."""
+    """Writes two digits, without an exponent."""
     x, digits = float(f"{x:.2g}"), 2
     while x < 10 ** (1 - digits) and digits < 6:
         digits += 1
@@ -91,7 +91,7 @@ def write_plainly(x):
 # The figure
 #
 
-STYLES = {  # colours of Okabe and Ito, colour-blind safe
+STYLES = {  # colours of Okabe and Ito, which are safe for colour-blind people
     "no cut": dict(color="#000000", marker="o"),
     "bptt=4": dict(color="#009E73", marker="^"),
     "bptt=2": dict(color="#56B4E9", marker="v"),
@@ -112,7 +112,7 @@ def draw(rows):
     axes[0, 0].set_ylabel("relative error", fontsize=9)
     labels = {"bptt=1": "bptt=1,\nprev or not"}
     figure.legend(
-        axes[0, 0].lines[::2],  # every other one holds the markers of diverged entries
+        axes[0, 0].lines[::2],  # every other line has markers only
         [labels.get(cut, cut) for cut in STYLES],
         loc="outside right center",
         frameon=False,
@@ -122,7 +122,8 @@ def draw(rows):
 
 
 def draw_panel(axis, rows, name):
-    """Medians and range of the seeds; a hollow marker at the upper edge means diverged."""
+    """Draws the median and the range of the seeds. A hollow marker at the upper edge means that
+    the emulator diverged."""
     steps = sorted({int(row["num_rollout_steps"]) for row in rows if row["problem"] == name})
     finite = [float(row["error"]) for row in rows if row["problem"] == name]
     finite = [x for x in finite if x < DIVERGED]

@@ -1,27 +1,28 @@
-"""Which cut, when? Every cut and rollout length on three problems, for the same training time.
+"""Which cut should you use, and when? The study compares every cut and rollout length on three
+problems, for the same training time.
 
 The problems are Burgers and Lorenz, as in the examples, and the 1D Kuramoto–Sivashinsky
-equation of studies/ar_densed_kuramoto_sivashinsky, each with its equation, initial
+equation of studies/ar_densed_kuramoto_sivashinsky. Each problem has its own equation, initial
 conditions and network. The study compares nothing but the gradients:
 
-- Each training takes the same number of seconds, without compilation: the time of one update is
-  measured first and gives the number of updates. So longer rollouts get fewer updates.
-- All use the same batch size, Adam with gradients clipped to norm 1, and a learning rate that
-  rises during the first twentieth of the updates and then falls to zero along a cosine. The
-  loss is the mean over the time levels.
-- All have the same states to learn from: a replay buffer that starts from initial conditions.
-  The final states of each rollout go back into it, so that even rollouts of one step get to the
-  attractor; diverged samples, and one in a hundred of the others, are replaced by new initial
+- Each training run takes the same number of seconds, without compilation. The time of one
+  update is measured first and gives the number of updates. Longer rollouts get fewer updates.
+- All runs use the same batch size, Adam with gradient clipping to norm 1, and a learning rate
+  that rises during the first twentieth of the updates and then falls to zero along a cosine.
+  The loss is the mean over the time levels.
+- All runs learn from the same states: a replay buffer that starts from initial conditions. The
+  final states of each rollout go back into the buffer, so that even one-step rollouts reach the
+  attractor. Diverged samples, and one in a hundred of the others, are replaced by new initial
   conditions. Burgers has no attractor, so all its samples are replaced.
 - The error is the median over the test states, after a fixed time, relative to the solution of
-  the implicit step to which the residual belongs. So the error of the time discretisation does
-  not count, and zero is possible. The test starts from new initial conditions (Burgers) or from
-  states on the attractor (the other two).
+  the implicit step to which the residual belongs. Hence the error of the time discretisation
+  does not count, and zero is possible. The test starts from new initial conditions for Burgers,
+  and from states on the attractor for the other two problems.
 
-Some entries are the same program: a cut that no gradient would cross changes nothing. Each
-program is trained once. `Cuts(next=True)` leaves no gradient in a rollout of one step.
+Some entries are the same program, because a cut that no gradient would cross changes nothing.
+Each program is trained once. In a one-step rollout, `Cuts(next=True)` leaves no gradient.
 
-Each training runs in a process with a core of its own.
+Each training run is a process with a core of its own.
 
     python -m studies.which_cut.run             everything, about 25 minutes on two cores
     python -m studies.which_cut.run --quick     a selection, in a minute
@@ -64,13 +65,13 @@ SEEDS = (0, 1, 2)
 
 
 def same_program(cut, num_rollout_steps):
-    """The first of `CUTS` with the same gradient; None if that is zero."""
+    """Returns the first of `CUTS` with the same gradient, or None if that gradient is zero."""
     if num_rollout_steps == 1:  # the initial condition has no gradient anyway
         return None if cut == "next" else "no cut"
     if cut == "prev, bptt=1":  # the previous state is cut already
         return "bptt=1"
     if cut.startswith("bptt=") and CUTS[cut].bptt >= num_rollout_steps:
-        return "no cut"  # no step follows the last one
+        return "no cut"  # no step follows the last cut
     return cut
 
 
@@ -80,22 +81,22 @@ def same_program(cut, num_rollout_steps):
 
 
 class Problem(NamedTuple):
-    network: Callable[..., Any]  # of a key
+    network: Callable[..., Any]  # key -> network
     residuum_fn: Callable[[jax.Array, jax.Array], jax.Array]
     initial_conditions: Callable[..., jax.Array]  # num_samples, key -> [num_samples, ...]
-    test_states: Callable[..., jax.Array]  # the same
+    test_states: Callable[..., jax.Array]  # num_samples, key -> [num_samples, ...]
     learning_rate: float
     num_test_steps: int
     evaluated_at: str
-    bound: float  # on |u|, beyond which a sample has diverged
+    bound: float  # a sample with a larger |u| has diverged
     apply: Callable[..., jax.Array] = lambda network, u: network(u)
     buffer_size: int = 512
     batch_size: int = 8
-    fresh_share: float = 0.01  # of the samples that go back into the replay buffer
+    fresh_share: float = 0.01  # share of fresh states among those that go back into the buffer
 
 
 def on_attractor(solver, states):
-    """The states after a thousand steps of a solver."""
+    """Returns the states after a thousand steps of a solver."""
     step = jax.vmap(solver)
     return jax.lax.fori_loop(0, 1000, lambda _, u: step(u), states)
 
@@ -156,7 +157,7 @@ class State(NamedTuple):
 
 
 def make_training(problem, cuts, num_rollout_steps, key):
-    """The initial `State`, and `update(state, i, num_updates) -> (state, loss)`."""
+    """Returns the initial `State`, and `update(state, i, num_updates) -> (state, loss)`."""
     network_key, buffer_key, updates_key = jax.random.split(key, 3)
     params, static = eqx.partition(problem.network(network_key), eqx.is_array)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
@@ -176,8 +177,9 @@ def make_training(problem, cuts, num_rollout_steps, key):
 
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         direction, opt_state = optimizer.update(grads, opt_state)
-        # The schedule is written out, because `num_updates` is an argument: one program serves
-        # any number of updates, which is known only after some of them were timed.
+        # The schedule is written out, because `num_updates` is an argument: a single program
+        # serves any number of updates, and this number is known only after some updates have
+        # been timed.
         progress = i / num_updates
         schedule = jnp.minimum(20 * progress, (1 + jnp.cos(jnp.pi * progress)) / 2)
         rate = problem.learning_rate * schedule
@@ -208,7 +210,7 @@ def run(update, state, num_updates):
 
 
 def train(problem, cuts, num_rollout_steps, key, seconds):
-    """Trains for about so many seconds. Returns the parameters, and columns of the table."""
+    """Trains for about `seconds`. Returns the parameters, and columns of the table."""
     state, update = make_training(problem, cuts, num_rollout_steps, key)
     run(update, state, 1)  # compiles
     block, elapsed = 1, 0.0
@@ -228,7 +230,8 @@ def train(problem, cuts, num_rollout_steps, key, seconds):
 
 @functools.cache
 def make_evaluation(name):
-    """A function of the parameters: the error of the median test state."""
+    """Returns a function of the parameters that computes the median error over the test
+    states."""
     problem = PROBLEMS[name]
     _, static = eqx.partition(problem.network(jax.random.key(0)), eqx.is_array)
     u_0 = jax.jit(problem.test_states, static_argnums=0)(NUM_TEST, jax.random.key(1))
@@ -250,7 +253,7 @@ def make_evaluation(name):
 
 
 def solve_step(residuum_fn, u_prev):
-    """The next state, by Newton's method with the matrix of its first iteration."""
+    """Returns the next state, by Newton's method with the matrix of its first iteration."""
     residuum = lambda u: jnp.ravel(residuum_fn(u.reshape(u_prev.shape), u_prev))
     u = jnp.ravel(u_prev)
     inverse = jnp.linalg.inv(jax.jacfwd(residuum)(u))
@@ -260,12 +263,12 @@ def solve_step(residuum_fn, u_prev):
 
 
 #
-# All trainings
+# All training runs
 #
 
 
 def select_cases(problems, steps, seeds, seconds):
-    """Arguments of `run_case`, for each program that is to be trained."""
+    """Returns the arguments of `run_case` for each program that is trained."""
     return [
         (name, cut, num_rollout_steps, seed, seconds)
         for seed, name, num_rollout_steps, cut in itertools.product(
@@ -276,7 +279,7 @@ def select_cases(problems, steps, seeds, seconds):
 
 
 def run_case(case):
-    """A row of the CSV file."""
+    """Returns a row of the CSV file."""
     name, cut, num_rollout_steps, seed, seconds = case
     key = jax.random.key(seed)
     params, columns = train(PROBLEMS[name], CUTS[cut], num_rollout_steps, key, seconds)
