@@ -792,6 +792,35 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted([*pages, "index.md"])  # which is README
 
 
+def table_rows(lines):
+    """The rows of a Markdown table by their first cell, each as {column: cell}."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    _, *columns = cells[0]
+    return {name: dict(zip(columns, row, strict=True)) for name, *row in cells[2:]}
+
+
+@pytest.mark.parametrize(
+    "page, study",
+    [
+        ("your_own_problem.md", "gray_scott"),
+        ("examples.md", "shallow_water"),
+        ("published_emulator.md", "ar_densed_kuramoto_sivashinsky"),
+        ("published_emulator.md", "ar_densed_burgers"),
+    ],
+)
+def test_rows_of_an_ablation_are_those_of_its_table(page, study):
+    path = f"studies/{study}/ablation.md"
+    before, link, _ = (ROOT / "docs" / page).read_text().partition(f"](../{path})")
+    assert link
+    shown = re.findall(r"(?:^\|.*\|\n)+", before, re.MULTILINE)[-1].splitlines()
+    lines = (ROOT / path).read_text().splitlines()
+    whole = table_rows([line for line in lines if line.startswith("|")])
+    rows = table_rows(shown)
+    assert {"the recipe", "nothing"} & rows.keys() and len(rows) >= 4
+    for name, row in rows.items():
+        assert row.items() <= whole[name].items(), name
+
+
 def test_every_figure_is_shown():
     text = "".join(page.read_text() for page in PAGES)
     assert all(f"assets/{name}" in text for name in os.listdir(ROOT / "assets"))
