@@ -216,6 +216,92 @@ def recipe_of_temporal_bundling_has_the_residuals_of_a_rollout(
     assert_close_to(loss, jnp.mean(jnp.stack(residuals) ** 2))
 
 
+@claim("next_data")
+def recipe_of_a_long_trajectory_goes_on_where_it_stopped(
+    *, update, kernel, data, emulate, heat_residuum, **_
+):
+    u = data[:, 0]
+    for _ in range(5):
+        u = jax.vmap(partial(emulate, kernel))(u)
+    new_kernel, next_data = update(kernel, data)
+    assert_close_to(next_data[:, 0], u)
+    loss = lambda kernel: textbook_loss(
+        partial(emulate, kernel), data, heat_residuum, num_rollout_steps=5
+    )
+    assert_close_to((kernel - new_kernel) / 0.002, jax.jit(jax.grad(loss))(kernel), 1e-2)
+
+
+@claim("hermite_residuum")
+@config("jax_enable_x64", True)
+def residual_of_the_exact_solution_falls_by_32_for_half_a_hermite_step(
+    *, hermite_residuum, **_
+):
+    u_prev = jnp.cos(2 * jnp.pi * 3 * jnp.arange(32) / 32)
+    rate = 2 * jnp.cos(2 * jnp.pi * 3 / 32) - 2
+    residuals = [
+        jnp.linalg.norm(hermite_residuum(jnp.exp(rate * dt) * u_prev, u_prev, dt))
+        for dt in (0.2, 0.1)
+    ]
+    assert abs(residuals[0] / residuals[1] - 32) < 2
+
+
+@claim("newest_residuum")
+def recipe_with_past_states_extrapolates(*, loss, data, heat_residuum, **_):
+    before, u, expected = 1.1 * data[:, 0], data[:, 0], 0.0
+    for _ in range(3):
+        u_next = 1.5 * u - 0.5 * before
+        expected += jnp.mean(jax.vmap(heat_residuum)(u_next, u) ** 2)
+        before, u = u, u_next
+    assert_close_to(loss, expected)
+
+
+@claim("def deeponet")
+def recipe_of_the_deeponet_trains(*, untrained, loss, params, data, heat_residuum, **_):
+    persistence = jnp.mean(jax.vmap(heat_residuum)(data[:, 0], data[:, 0]) ** 2)
+    assert_close_to(untrained, persistence)
+    assert abs(untrained - 1.6) < 0.05
+    assert 1e-4 < loss(params) < 1e-3
+
+
+@claim("def graph_network")
+def recipe_of_the_graph_network_trains_on_the_same_residual(
+    *, untrained, loss, params, data, heat_residuum, graph_residuum, graph_network, **names
+):
+    u_next, u_prev = data[:32, 0], data[32:, 0]
+    assert_close_to(
+        jax.vmap(graph_residuum)(u_next, u_prev), jax.vmap(heat_residuum)(u_next, u_prev)
+    )
+    assert abs(untrained - 1.6) < 0.05
+    assert 0.01 < loss(params) < 0.02
+
+    # With edges in the state, as for a mesh of each sample's own.
+    def stepper(state):
+        u, edges = state["u"], (state["senders"], state["receivers"])
+        for layer in params:
+            difference = u[edges[0]] - u[edges[1]]
+            messages = jnp.tanh(difference[:, None] * layer["message"])
+            u = u + jax.ops.segment_sum(messages, edges[1], num_segments=32) @ layer["update"]
+        return {**state, "u": u}
+
+    edges = {
+        name: jnp.broadcast_to(names[name], (64, 1, 64)) for name in ("senders", "receivers")
+    }
+    residuum_fn = lambda next, prev: heat_residuum(next["u"], prev["u"])
+    actual = residuum_loss(stepper, {"u": data, **edges}, residuum_fn, num_rollout_steps=3)
+    expected = residuum_loss(
+        partial(graph_network, params), data, graph_residuum, num_rollout_steps=3
+    )
+    assert_close_to(actual, expected)
+
+
+@claim("value, rollout.time_level_losses")
+def recipe_logs_the_terms_of_the_loss(*, update, value, time_level_losses, **_):
+    assert_close_to(jnp.sum(time_level_losses), value)
+    kernel = jnp.zeros(9, jnp.float32).at[4].set(1.0)
+    _, first, _ = update(kernel)
+    assert value < 0.01 * first
+
+
 @claim("save_only_these_names")
 def recipe_that_saves_named_activations_has_the_same_gradient(*, grad, loss, kernel, save, **_):
     everything = jax.checkpoint_policies.everything_saveable
@@ -651,7 +737,8 @@ def slug(title):
 
 def anchors(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return {slug(title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {*map(slug, titles), *re.findall(r'<a id="([^"]+)"></a>', text)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -666,11 +753,71 @@ def test_links_to_files_and_sections_that_exist(page):
         assert not anchor or anchor in anchors(target), link
 
 
+# The headings of recipes.md when all recipes were on this page, to which others may link.
+OLD_RECIPES = """\
+a-differential-algebraic-equation a-loss-relative-to-the-size-of-the-state
+a-parameter-for-each-sample a-replay-buffer a-schedule-of-cuts a-two-step-scheme
+a-very-long-trajectory-piece-by-piece adaptive-weights batch-statistics causal-weights
+checks-inside-the-functions complex-spectral-states conservation-laws curriculum
+data-beside-the-residual deeponets-and-graph-networks dropout external-solvers hybrid-models
+learn-a-physical-parameter log-each-time-level loss-scaling noise-on-the-input
+offload-or-save-some-activations overlapping-tbptt-windows past-states-as-input-of-the-network
+preconditioned-loss pushforward-and-burn-in recipes saving-and-resuming
+several-residuals-at-once temporal-bundling the-gradient-of-each-time-level""".replace(
+    "\n", " "
+).split(" ")
+
+
+@pytest.mark.parametrize("anchor", OLD_RECIPES)
+def test_old_links_to_recipes_still_lead_there(anchor):
+    assert anchor in anchors(ROOT / "docs" / "recipes.md")
+
+
+def test_the_index_of_the_recipes_lists_every_recipe():
+    index = (ROOT / "docs" / "recipes.md").read_text()
+    links = re.findall(r"\]\((recipes_\w+\.md#[^)]+)\)", index)
+    recipes = [
+        f"{page.name}#{slug(title)}"
+        for page in sorted((ROOT / "docs").glob("recipes_*.md"))
+        for title in re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE)
+    ]
+    assert sorted(links) == sorted(recipes)
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     listed = re.findall(r"(\w+\.md)$", navigation, re.MULTILINE)
     pages = [page.name for page in PAGES if page != README]
     assert sorted(listed) == sorted([*pages, "index.md"])  # which is README
+
+
+def table_rows(lines):
+    """The rows of a Markdown table by their first cell, each as {column: cell}."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    _, *columns = cells[0]
+    return {name: dict(zip(columns, row, strict=True)) for name, *row in cells[2:]}
+
+
+@pytest.mark.parametrize(
+    "page, study",
+    [
+        ("your_own_problem.md", "gray_scott"),
+        ("examples.md", "shallow_water"),
+        ("published_emulator.md", "ar_densed_kuramoto_sivashinsky"),
+        ("published_emulator.md", "ar_densed_burgers"),
+    ],
+)
+def test_rows_of_an_ablation_are_those_of_its_table(page, study):
+    path = f"studies/{study}/ablation.md"
+    before, link, _ = (ROOT / "docs" / page).read_text().partition(f"](../{path})")
+    assert link
+    shown = re.findall(r"(?:^\|.*\|\n)+", before, re.MULTILINE)[-1].splitlines()
+    lines = (ROOT / path).read_text().splitlines()
+    whole = table_rows([line for line in lines if line.startswith("|")])
+    rows = table_rows(shown)
+    assert {"the recipe", "nothing"} & rows.keys() and len(rows) >= 4
+    for name, row in rows.items():
+        assert row.items() <= whole[name].items(), name
 
 
 def test_every_figure_is_shown():

@@ -67,7 +67,13 @@ def test_figures_say_what_they_show(page):
 
 
 @pytest.mark.parametrize(
-    "name, formulas", [("first_steps", 2), ("your_own_problem", 3), ("diverted_chain", 8)]
+    "name, formulas",
+    [
+        ("first_steps", 2),
+        ("your_own_problem", 3),
+        ("diverted_chain", 8),
+        ("recipes_problems", 6),
+    ],
 )
 def test_formulas_are_typeset(name, formulas):
     text = (SITE / name / "index.html").read_text()
