@@ -21,7 +21,7 @@ nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = True
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["quick", "lint", "types", "docs", "dist"]
+nox.options.sessions = ["quick", "two_files", "lint", "types", "docs", "dist"]
 
 NEWEST, OLDEST = "3.13", "3.11"
 VERSIONS = [(NEWEST, "newest"), ("3.12", "newest"), (OLDEST, "newest")]
@@ -46,10 +46,10 @@ def pytest(session, *args, **env):
 @nox.session
 @nox.parametrize("python, jax", VERSIONS, ids=[", ".join(version) for version in VERSIONS])
 def tests(session, jax):
-    """All tests, by Python and by JAX; with `-- -m "not slow"`, the quick ones."""
+    """The library's tests, by Python and by JAX; with `-- -m "not slow"`, the quick ones."""
     needed = requirements("test")
-    if jax == "lower bounds":  # Flax is for the documentation, and has no such old version.
-        needed = [r.replace(">=", "==") for r in needed if not r.startswith("flax")]
+    if jax == "lower bounds":
+        needed = [r.replace(">=", "==") for r in needed]
     session.install(*needed)
     if jax == "0.7":
         session.install("jax==0.7.2")
@@ -60,7 +60,7 @@ def tests(session, jax):
 
 @nox.session(python=NEWEST)
 def quick(session):
-    """The tests that are not slow, on the newest Python and JAX."""
+    """The library's tests that are not slow, on the newest Python and JAX."""
     session.install(*requirements("test"))
     pytest(session, "-m", "not slow")
 
@@ -68,7 +68,7 @@ def quick(session):
 @nox.session(python="3.12")
 def flags(session):
     """Quick tests with XLA's optimisations; derivatives with JAX's new rematerialisation."""
-    session.install(*requirements("test"))
+    session.install(*requirements("test-examples"))
     files = ["test_residuum.py", "tests/test_cost.py"]
     optimized = ["tests/examples/test_canonical_convolutions.py", "tests/test_precision.py"]
     pytest(session, "-m", "not slow", *files, *optimized, RESIDUUM_TEST_OPTIMIZED="1")
@@ -81,8 +81,8 @@ def flags(session):
 @nox.session(python=OLDEST)
 def annotations(session):
     """Values, cost and precision at the lower bounds, annotations checked at run time."""
-    needed = [r.replace(">=", "==") for r in requirements("test") if not r.startswith("flax")]
-    session.install(*needed)
+    needed = [r.replace(">=", "==") for r in requirements("test")]
+    session.install("beartype==0.19.0", *needed)
     # Not the files about messages: where the annotations object first, ours are not seen.
     names = ("constants", "cost", "precision", "rule", "transformations")
     files = ["test_residuum.py", *(f"tests/test_{name}.py" for name in names)]
@@ -142,13 +142,33 @@ def docs(session):
     session.install("pytest", *requirements("docs"), ".")
     env = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env=env)
-    session.run("python", "-m", "pytest", "tests/site.py")
+    session.run("python", "-m", "pytest", "--noconftest", "tests/published/test_site.py")
+
+
+@nox.session(python=NEWEST)
+def pages(session):
+    """Every block of README and docs/ runs and does what the text says; links; messages."""
+    session.install(*requirements("test-examples"), ".")
+    pytest(session, "tests/published/test_pages.py")
+
+
+@nox.session(python=NEWEST)
+def two_files(session):
+    """residuum.py and test_residuum.py alone, in an empty folder: as after copying them."""
+    folder = Path(session.create_tmp()) / "project"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in ("residuum.py", "test_residuum.py"):
+        shutil.copy(name, folder)
+    session.install("jax", "jaxtyping", "chex", "pytest")
+    with session.chdir(folder):
+        session.run("pytest", "-q", "-W", "error::pytest.PytestWarning")
 
 
 @nox.session(python=NEWEST)
 def examples(session):
     """All examples and studies in quick mode: what they print and draw, slow ones included."""
-    session.install(*requirements("test"), ".")
+    session.install(*requirements("test-examples"), ".")
     pytest(session, "tests/examples")
 
 
@@ -165,9 +185,12 @@ def benchmarks(session):
 
 @nox.session(python=NEWEST)
 def dist(session):
-    """The wheel by itself: README's first example, and type checkers on a user's file."""
+    """What is in the distributions. The wheel by itself: README's first example, and type
+    checkers on a user's file."""
     folder = Path(session.create_tmp())
-    session.install("hatchling")
+    session.install("hatchling", "pytest", *requirements())
+    options = ("--noconftest", "tests/published/test_distribution.py")
+    session.run("python", "-m", "pytest", *options)
     session.run("python", "-m", "hatchling", "build", "-t", "wheel", "-d", f"{folder}/dist")
     wheel = max(folder.glob("dist/*.whl"), key=lambda path: path.stat().st_mtime)
     session.install(str(wheel))
@@ -185,6 +208,6 @@ def dist(session):
 def accelerators(session):
     """Compiles for TPUs and GPUs, without the devices (needs 6 GB of memory)."""
     compilers = ("tpu",) if "v5e" in " ".join(session.posargs) else ("tpu", "gpu")
-    session.install(*requirements("test", *compilers))
+    session.install(*requirements("test-examples", *compilers))
     file = "tests/examples/test_accelerators.py"
     session.run("python", "-m", "pytest", file, *session.posargs)

@@ -1,4 +1,4 @@
-"""The machine that measures: its name, and a core of it for each process.
+"""The machine that measures: its name, a core of it for each process, and run times.
 
 JAX is imported inside of the functions, since some programs configure it first.
 """
@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import random
 import re
+import statistics
+import time
 
 
 def on_single_cores(function, cases, num_workers=None):
@@ -55,3 +58,23 @@ def processor():
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def medians_in_turns(programs, is_measured):
+    """The median run time [s] of each of the programs `{name: function of nothing}`.
+
+    They run in turns, so that the noise of the machine hits all alike, each until
+    `is_measured(times)`. The order is random: who runs after a program of as much memory finds
+    the memory mapped already.
+    """
+    times = {name: [] for name in programs}
+    while unfinished := [name for name in programs if not is_measured(times[name])]:
+        for name in random.sample(unfinished, len(unfinished)):
+            times[name].append(time_of(programs[name]))
+    return {name: statistics.median(x) for name, x in times.items()}
+
+
+def time_of(program):
+    start = time.perf_counter()
+    program()
+    return time.perf_counter() - start

@@ -49,9 +49,10 @@ def on_page_markdown(markdown, page, config, files):
         page.meta["description"] = read_notebook(page)["metadata"]["description"]
 
     def table(match):
-        lines = (ROOT / match[1]).read_text().splitlines()
+        lines = (ROOT / match[1]).read_text().splitlines()[1:]  # without the title
         # Blank lines stay: they separate tables.
-        return "\n".join(line for line in lines if not line or line.startswith("|"))
+        rows = [line for line in lines if not line or line.startswith("|")]
+        return "\n".join(rows if any(rows) else lines)  # without rows, what the text says
 
     def link(match):
         text, path = match.groups()

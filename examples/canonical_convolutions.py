@@ -1,11 +1,12 @@
-"""A function to copy: it makes convolutions in loops on a CPU as fast as outside of loops.
+"""A function to copy: convolutions in loops on a CPU become about as fast as outside of loops.
 
-On a CPU, XLA compiles a convolution in a loop, such as a rollout, to code that takes many times
-as long as outside (https://github.com/jax-ml/jax/issues/12868). Its fast kernels need one
-layout: batch, space, features for the data; space, input and output features for the kernel.
-JAX has another, and the gradients of a convolution have yet others. XLA's pass that converts
-them, `ConvCanonicalization`, visits a program's entry computation and not the bodies of loops.
-`canonical_convolutions` does its work: it puts every convolution between transposes.
+On a CPU, XLA compiles most convolutions in a loop, such as a rollout, to code that takes many
+times as long as outside (https://github.com/jax-ml/jax/issues/12868). A rollout of 1D
+convolutions without a gradient is an exception: leave it as it is. The fast kernels of XLA need
+one layout: batch, space, features for the data; space, input and output features for the
+kernel. JAX has another, and the gradients of a convolution have yet others. XLA's pass that
+converts them, `ConvCanonicalization`, visits a program's entry computation and not the bodies
+of loops. `canonical_convolutions` does its work: it puts every convolution between transposes.
 
     update = jax.jit(canonical_convolutions(jax.value_and_grad(loss)))
 

@@ -4,9 +4,9 @@ islands and an uneven bottom, under a wind that changes in time.
 *Walls*: residual and emulator multiply by the mask of the faces, so nothing flows through them.
 The emulator's η changes by fluxes through faces, so mass is conserved. *Depth and coast* are
 leaves of the state that never change. *The wind* is passed as `inputs`, one series for each
-sample. *The residual* is that of a Hermite step, of fourth order in time from two states.
-Training needs no solver. The solvers only evaluate the emulator, in basins and winds that it
-has not seen.
+sample. *The residual* is that of a Hermite step, of fourth order in time but for the
+drag, from two states. Training needs no solver. The solvers only evaluate the emulator, in
+basins and winds that are unseen in training.
 
     python examples/shallow_water.py             trains and writes assets/shallow_water.png
     python examples/shallow_water.py --quick     the same in seconds, to see that it runs

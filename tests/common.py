@@ -1,4 +1,4 @@
-"""Helpers shared by several test files. The oracle and its problem are in test_residuum.py."""
+"""Helpers that several test files need. The oracle and its problem are in test_residuum.py."""
 
 import contextlib
 import os
@@ -8,12 +8,63 @@ import sys
 
 import jax
 import jax.numpy as jnp
-
-# First of all, since it tells JAX what the tests need, before any computation.
-import test_residuum  # noqa: F401
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
 
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+#
+# Slow tests
+#
+
+# Slower variants, at length: `-m "not slow"` leaves them out.
+slow = pytest.mark.slow
+
+
+def also_slow(*values, slowly):
+    """Parameters of a test, the last ones of which are left out by `-m "not slow"`."""
+    return [*values, *(pytest.param(value, marks=slow) for value in slowly)]
+
+
+#
+# Meshes
+#
+
+# With one accelerator, the CPU's virtual devices make up the mesh.
+MESH_DEVICES = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
+
+# They exist before, but do not go through `vmap` of a loop.
+needs_explicit_axes = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="needs a newer JAX"
+)
+needs_shard_map = pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
+
+
+def make_mesh(axes=("batch",), *, explicit=False):
+    shape = (-1, *[2] * (len(axes) - 1))
+    devices = np.array(MESH_DEVICES).reshape(shape)
+    if explicit:
+        return Mesh(devices, axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes))
+    return Mesh(devices, axes)
+
+
+def shard(mesh, spec, tree):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def vary(tree, axis="batch"):
+    """Inside a `jax.shard_map`: the same, but typed as different on each device."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
+    return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)  # before JAX 0.8
+
+
+#
+# Programs: of JAX, and of the project
+#
 
 
 @contextlib.contextmanager
@@ -24,39 +75,6 @@ def config(name, value):
         yield
     finally:
         jax.config.update(name, before)
-
-
-def program_environment(*folders):
-    """For a Python program that imports from the root of the project and from the folders."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *folders)))}
-    environment |= {"MPLBACKEND": "agg", "JAX_THREEFRY_PARTITIONABLE": "1"}  # as since JAX 0.5
-    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
-    return environment
-
-
-def run_program(path, *arguments, cwd):
-    """What a program of the project prints, in a process and a JAX of its own."""
-    return run_python(str(ROOT / path), *arguments, cwd=cwd)
-
-
-def run_module(name, *arguments, cwd):
-    """The same for `python -m name`."""
-    return run_python("-m", name, *arguments, cwd=cwd)
-
-
-def run_python(*arguments, cwd):
-    command = [sys.executable, *arguments]
-    options = dict(env=program_environment(), capture_output=True, text=True, cwd=cwd)
-    result = subprocess.run(command, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def vary(tree, axis="batch"):
-    """Inside a `jax.shard_map`: the same, but typed as different on each device."""
-    if hasattr(jax.lax, "pcast"):
-        return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
-    return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)  # before JAX 0.8
 
 
 def equations(jaxpr):
@@ -96,3 +114,33 @@ def network_problem(name):
         return u + hidden
 
     return params, data, stepper
+
+
+def program_environment(*folders):
+    """For a Python program that imports from the root of the project and from the folders."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *folders)))}
+    environment |= {"MPLBACKEND": "agg", "JAX_THREEFRY_PARTITIONABLE": "1"}  # as since JAX 0.5
+    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
+    return environment
+
+
+def run_program(path, *arguments, cwd):
+    """What a program of the project prints, in a process and a JAX of its own."""
+    return run_python(str(ROOT / path), *arguments, cwd=cwd)
+
+
+def run_module(name, *arguments, cwd):
+    """The same for `python -m name`."""
+    return run_python("-m", name, *arguments, cwd=cwd)
+
+
+def run_python(*arguments, cwd):
+    command = [sys.executable, *arguments]
+    options = dict(env=program_environment(), capture_output=True, text=True, cwd=cwd)
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def run_example(name, *arguments, cwd):
+    return run_program(ROOT / "examples" / f"{name}.py", *arguments, cwd=cwd)

@@ -1,43 +1,19 @@
-"""Deselects tests whose compiler is missing, and fails on unexplained skips."""
+"""What all tests of this folder need: JAX's settings, and a reason for each skip."""
 
 import re
 
+import jax
 import pytest
 
 
-# Reasons for a skip: the JAX at hand is too old, or its version of Flax does not exist.
-EXPLAINED = re.compile("needs (a newer JAX|flax)|annotations that are checked say no")
-
-num_deselected = pytest.StashKey[int]()
+pytest.register_assert_rewrite("test_residuum", "tests.common")
+import test_residuum  # noqa: E402
 
 
-def pytest_collection_modifyitems(config, items):
-    """Deselects tests that need a compiler that is not installed: `accelerator(False)`."""
-    deselected = [
-        item
-        for item in items
-        if any(not mark.args[0] for mark in item.iter_markers("accelerator"))
-    ]
-    config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if item not in deselected]
-    config.stash[num_deselected] = len(deselected)
-    if hasattr(config, "workeroutput"):  # in a worker of pytest-xdist
-        config.workeroutput["num_deselected"] = len(deselected)
+for name, value in test_residuum.SETTINGS.items():  # before a test file computes anything
+    jax.config.update(name, value)
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    """The controller of pytest-xdist does not collect; each worker collects all tests."""
-    number = getattr(node, "workeroutput", {}).get("num_deselected", 0)
-    node.config.stash[num_deselected] = max(number, node.config.stash.get(num_deselected, 0))
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    number = config.stash.get(num_deselected, 0)
-    if number:
-        terminalreporter.write_line(
-            f"{number} tests of accelerators left out: no compiler installed"
-        )
+EXPLAINED = re.compile("needs (a newer JAX|a compiler)|annotations that are checked say no")
 
 
 def pytest_sessionfinish(session):
@@ -48,6 +24,5 @@ def pytest_sessionfinish(session):
     unexplained = sorted(reason for reason in reasons if not EXPLAINED.search(reason))
     if unexplained:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        reporter.write_line(
-            "\nSkipped without an explanation: " + "; ".join(unexplained), red=True
-        )
+        text = "\nSkipped without an explanation: " + "; ".join(unexplained)
+        reporter.write_line(text, red=True)

@@ -11,15 +11,14 @@ from hypothesis import given, settings, strategies as st
 
 from residuum import Cuts, residuum_loss
 from test_residuum import (
-    also_slow,
     assert_as_textbook,
     assert_close,
     MASK,
     problem,
-    slow,
     textbook_loss,
     value_and_grad,
 )
+from tests.common import also_slow, slow
 
 
 @pytest.mark.parametrize("bptt", also_slow(3, slowly=[False, 2]))

@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 from residuum import Cuts, residuum_loss
-from test_residuum import (
-    also_slow,
-    assert_as_textbook,
-    assert_close,
-    cuts_of,
-    EXTRA,
-    MASK,
-    slow,
-    textbook_loss,
-)
+from test_residuum import assert_as_textbook, assert_close, cuts_of, EXTRA, MASK, textbook_loss
+from tests.common import also_slow, slow
 
 
 #

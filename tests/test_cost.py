@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import trainax
 
 from residuum import Cuts, mse, residuum_loss
-from test_residuum import also_slow, evaluate, FLAGS, problem
-from tests.common import network_problem, primitives
+from test_residuum import evaluate, FLAGS, problem
+from tests.common import also_slow, network_problem, primitives
 
 
 def program(num_rollout_steps, transform=jax.value_and_grad, **options):
@@ -300,6 +299,8 @@ def test_checkpoint_in_straight_code_stores_states_only(checkpoint):
 
 @pytest.mark.parametrize("bptt", also_slow(2, slowly=[False, 1]))
 def test_unrolled_it_needs_no_more_memory_than_trainax(bptt):
+    import trainax  # without which the other tests of this file run as well
+
     def trainax_loss(stepper, data, residuum_fn, *, num_rollout_steps):
         configuration = trainax.configuration.Residuum(
             num_rollout_steps, cut_bptt=bptt is not False, cut_bptt_every=int(bptt) or 1

@@ -14,9 +14,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec as P
 
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, assert_close, slow, textbook_loss
-from tests.common import vary
-from tests.test_meshes import MESH_DEVICES, needs_shard_map
+from test_residuum import assert_close, textbook_loss
+from tests.common import also_slow, MESH_DEVICES, needs_shard_map, slow, vary
 
 
 AXIS, NUM_MEMBERS = "members", len(MESH_DEVICES)

@@ -1,12 +1,15 @@
 """`jax.export` with symbolic sizes: one program for every batch, and for every grid."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, assert_close, EXTRA, textbook_loss
+from test_residuum import assert_close, EXTRA, textbook_loss
+from tests.common import slow
 
 
 jax_export = pytest.importorskip("jax.export", reason="needs a newer JAX")
@@ -35,8 +38,11 @@ def arguments(batch, size):
     return [jnp.asarray(normal(size=shape)) for shape in shapes]
 
 
-@pytest.mark.parametrize("options", also_slow({}, {"checkpoint": 2}, slowly=OPTIONS), ids=str)
-@pytest.mark.parametrize("bptt", also_slow(False, 1, slowly=[2, 3, [True, False, True, False]]))
+BPTT = (False, 1, 2, 3, [True, False, True, False])
+ALL = [pytest.param(*case, marks=slow) for case in itertools.product(BPTT, OPTIONS)]
+
+
+@pytest.mark.parametrize("bptt, options", [(False, {}), (1, {"checkpoint": 2}), *ALL], ids=str)
 def test_an_exported_gradient_is_that_of_every_batch_and_grid(bptt, options):
     scope = jax_export.SymbolicScope(["n >= 2"])
     b, n = jax_export.symbolic_shape("b, n", scope=scope)

@@ -13,18 +13,24 @@ from jax.sharding import PartitionSpec as P
 
 from residuum import Cuts, residuum_loss
 from test_residuum import (
-    also_slow,
     assert_as_textbook,
     assert_close,
     cuts_of,
     EXTRA,
     MASK,
     problem,
-    slow,
     textbook_loss,
 )
-from tests.common import primitives, vary
-from tests.test_meshes import make_mesh, MESH_DEVICES, needs_shard_map, shard
+from tests.common import (
+    also_slow,
+    make_mesh,
+    MESH_DEVICES,
+    needs_shard_map,
+    primitives,
+    shard,
+    slow,
+    vary,
+)
 
 
 #
@@ -115,9 +121,12 @@ def random_like(tree, seed=2):
     return jax.tree.map(lambda x: jnp.asarray(complex_or_real(x), x.dtype), tree)
 
 
-@pytest.mark.parametrize("extra", [EXTRA[:1], pytest.param(EXTRA[1:3], marks=slow)], ids=str)
+@pytest.mark.parametrize(
+    "extra, twice", [(EXTRA[:1], False), pytest.param(EXTRA[1:3], True, marks=slow)], ids=str
+)
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "every", "mask"]))
-def test_derivatives_of_higher_order_with_respect_to_inputs(bptt, extra):
+def test_derivatives_of_higher_order_with_respect_to_inputs(bptt, extra, twice):
+    """`twice`: reverse over reverse as well."""
     *variables, labels = forced_problem(3)
     tangents = random_like(variables)
 
@@ -132,7 +141,8 @@ def test_derivatives_of_higher_order_with_respect_to_inputs(bptt, extra):
         grad = jax.grad(loss, argnums=(0, 1, 2, 3))
         first = jax.jvp(loss, variables, tangents)
         forward_over_reverse = jax.jvp(grad, variables, tangents)
-        reverse_over_reverse = jax.grad(along_the_tangents, (0, 1, 2, 3))(*variables)
+        twice_reverse = jax.grad(along_the_tangents, (0, 1, 2, 3))
+        reverse_over_reverse = twice_reverse(*variables) if twice else None
         return first, forward_over_reverse, reverse_over_reverse
 
     assert_as_textbook(derivatives, variables, extra=extra)
@@ -289,7 +299,7 @@ def test_tangents_may_be_python_numbers(way):
 
 
 @pytest.mark.skipif(not hasattr(jax, "debug_key_reuse"), reason="needs a newer JAX")
-@pytest.mark.parametrize("bptt", [False, 1, 3, np.array([True, False, True, False])])
+@pytest.mark.parametrize("bptt", also_slow(3, slowly=[False, 1, [True, False, True, False]]))
 def test_each_key_is_used_once(bptt):
     """As JAX counts it, for which even a transposition is a use."""
     data = jnp.ones((2, 1, 3))
@@ -317,7 +327,7 @@ def test_each_key_is_used_once(bptt):
 
 
 @pytest.mark.skipif(not hasattr(jax, "debug_key_reuse"), reason="needs a newer JAX")
-@pytest.mark.parametrize("bptt", [False, 1, np.array([True, False, True, False])])
+@pytest.mark.parametrize("bptt", also_slow(1, slowly=[False, [True, False, True, False]]))
 def test_each_key_in_the_state_is_used_once(bptt):
     def loss(x, keys):
         def stepper(state):

@@ -10,34 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 import residuum
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, assert_close, evaluate, EXTRA, problem, slow, textbook_loss
-from tests.common import network_problem, vary
-
-
-# With one accelerator, the CPU's virtual devices make up the mesh.
-MESH_DEVICES = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
-
-# They exist before, but do not go through `vmap` of a loop.
-needs_explicit_axes = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="needs a newer JAX"
+from test_residuum import assert_close, evaluate, EXTRA, problem, textbook_loss
+from tests.common import (
+    also_slow,
+    make_mesh,
+    MESH_DEVICES,
+    needs_explicit_axes,
+    needs_shard_map,
+    network_problem,
+    shard,
+    slow,
+    vary,
 )
-needs_shard_map = pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs a newer JAX")
-
-
-def make_mesh(axes=("batch",), *, explicit=False):
-    shape = (-1, *[2] * (len(axes) - 1))
-    devices = np.array(MESH_DEVICES).reshape(shape)
-    if explicit:
-        return Mesh(devices, axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes))
-    return Mesh(devices, axes)
-
-
-def shard(mesh, spec, tree):
-    return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 # k = 3 does not divide the number of steps
@@ -126,9 +114,22 @@ RESHARDING = {  # the sharding of u_next, on a mesh of "batch" and "model"
 }
 
 
+SPLIT_TWICE = P("batch", None, "model")
+
+
 @needs_explicit_axes
-@pytest.mark.parametrize("data_spec", [P("batch"), P("batch", None, "model")], ids=str)
-@pytest.mark.parametrize("sharding", RESHARDING)
+@pytest.mark.parametrize(
+    "sharding, data_spec",
+    [
+        ("replicated", SPLIT_TWICE),
+        ("alternating", P("batch")),
+        pytest.param("replicated", P("batch"), marks=slow),
+        pytest.param("split", P("batch"), marks=slow),
+        pytest.param("split", SPLIT_TWICE, marks=slow),
+        pytest.param("alternating", SPLIT_TWICE, marks=slow),
+    ],
+    ids=str,
+)
 def test_a_stepper_may_change_an_explicit_sharding(sharding, data_spec):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=8)

@@ -14,16 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 from residuum import Cuts, residuum_loss
 from test_residuum import (
-    also_slow,
     assert_as_textbook,
     assert_close,
     cuts_of,
     EXTRA,
     SINGLE_TOLERANCE,
-    slow,
     textbook_loss,
 )
-from tests.test_meshes import make_mesh, MESH_DEVICES, needs_shard_map, shard
+from tests.common import also_slow, make_mesh, MESH_DEVICES, needs_shard_map, shard, slow
 
 
 #
@@ -83,8 +81,10 @@ def test_collectives_over_the_batch_equal_the_textbook_loop(bptt, extra):
     assert_as_textbook(f, normed_problem(3), extra=extra)
 
 
+@pytest.mark.parametrize("twice", also_slow(False, slowly=[True]))
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "every", "mask"]))
-def test_derivatives_of_collectives_equal_the_textbook_loop(bptt):
+def test_derivatives_of_collectives_equal_the_textbook_loop(bptt, twice):
+    """`twice`: reverse over reverse as well."""
     args = normed_problem(3)
     tangents = jax.tree.map(jnp.cos, args)
 
@@ -97,7 +97,8 @@ def test_derivatives_of_collectives_equal_the_textbook_loop(bptt):
             products = jax.tree.map(lambda g, dot: g * dot, value_and_grad(*args)[1], tangents)
             return sum(jnp.sum(x) for x in jax.tree.leaves(products))
 
-        return jax.jvp(value_and_grad, args, tangents), jax.grad(along_the_tangents)(args)
+        reverse_over_reverse = jax.grad(along_the_tangents)(args) if twice else None
+        return jax.jvp(value_and_grad, args, tangents), reverse_over_reverse
 
     assert_as_textbook(derivatives, args)
 
@@ -195,7 +196,7 @@ def test_where_a_mesh_checks_types_the_error_says_what_to_do(names, bptt):
 
 
 #
-# Batch norms of other libraries
+# The batch norm of Equinox
 #
 
 
@@ -257,25 +258,6 @@ def test_batch_norm_of_equinox():
         linear, norm = eqx.combine(variables, rest)
         hidden, statistics = norm(linear(state[0]), state[1])
         return state[0] / 2 + jnp.tanh(hidden), statistics
-
-    assert_as_with_the_whole_batch_in_one_sample(apply, variables, statistics)
-
-
-def test_batch_norm_of_flax():
-    nnx = pytest.importorskip("flax.nnx", reason="needs flax")
-
-    class Layers(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(4, 4, rngs=rngs)
-            self.norm = nnx.BatchNorm(4, axis_name="batch", rngs=rngs)
-
-    layers = Layers(nnx.Rngs(0))
-    graphdef, variables, statistics = nnx.split(layers, nnx.Param, nnx.BatchStat)
-
-    def apply(variables, state):
-        layers = nnx.merge(graphdef, variables, state[1])
-        u_next = state[0] / 2 + jnp.tanh(layers.norm(layers.linear(state[0])))
-        return u_next, nnx.state(layers, nnx.BatchStat)
 
     assert_as_with_the_whole_batch_in_one_sample(apply, variables, statistics)
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, assert_close, BPTT, slow, textbook_loss
+from test_residuum import assert_close, BPTT, textbook_loss
+from tests.common import also_slow, slow
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, ones, SINGLE_TOLERANCE, textbook_loss, valid_call
+from test_residuum import ones, SINGLE_TOLERANCE, textbook_loss, valid_call
+from tests.common import also_slow
 
 
 def split(text):

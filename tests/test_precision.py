@@ -11,7 +11,6 @@ import pytest
 
 from residuum import Cuts, mse, residuum_loss
 from test_residuum import (
-    also_slow,
     assert_close,
     BPTT,
     cuts_of,
@@ -19,11 +18,10 @@ from test_residuum import (
     rotation_loss,
     rotation_problem,
     SINGLE_TOLERANCE,
-    slow,
     textbook_loss,
     value_and_grad,
 )
-from tests.common import config
+from tests.common import also_slow, config, slow
 
 
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "mask"]))

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, assert_as_textbook
+from test_residuum import assert_as_textbook
+from tests.common import also_slow
 
 
 pytestmark = pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="needs a newer JAX")

@@ -14,7 +14,8 @@ import pytest
 
 import residuum
 from residuum import Arrays, Levels, Scanned
-from test_residuum import also_slow, assert_close, slow
+from test_residuum import assert_close
+from tests.common import also_slow, slow
 
 
 NUM_STEPS = 7

@@ -11,7 +11,6 @@ import pytest
 
 from residuum import residuum_loss
 from test_residuum import (
-    also_slow,
     assert_close,
     cuts_of,
     EXTRA,
@@ -19,7 +18,7 @@ from test_residuum import (
     textbook_loss,
     TOLERANCE,
 )
-from tests.common import config
+from tests.common import also_slow, config
 
 
 CHECKS = {

@@ -10,7 +10,7 @@ import pytest
 import trainax
 
 from residuum import mse, residuum_loss
-from test_residuum import also_slow
+from tests.common import also_slow
 
 
 def linear_step(condition_number, size=5, seed=0):

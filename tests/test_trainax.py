@@ -10,7 +10,8 @@ import pytest
 import trainax
 
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, assert_close, FLAGS, slow
+from test_residuum import assert_close, FLAGS
+from tests.common import also_slow, slow
 
 
 def trainax_network(name):

@@ -13,17 +13,16 @@ from jax import export
 
 from residuum import residuum_loss
 from test_residuum import (
-    also_slow,
     assert_as_textbook,
     assert_close,
     cuts_of,
     evaluate,
     flat_problem,
     problem,
-    slow,
     textbook_loss,
     value_and_grad,
 )
+from tests.common import also_slow, slow
 
 
 TRANSFORMATIONS = {
@@ -124,7 +123,7 @@ def test_export_round_trips_a_gradient(bptt):
         loss_fn, inputs, num_rollout_steps=5, cuts=cuts_of(5, bptt)
     )
     exported = export.export(jax.jit(functools.partial(gradient, residuum_loss)))(inputs)
-    actual = export.deserialize(exported.serialize()).call(inputs)
+    actual = exported.call(inputs)
     assert_close(actual, jax.jit(functools.partial(gradient, textbook_loss))(inputs))
 
 

@@ -10,7 +10,6 @@ table, which is printed from the rows of the CSV file, is in docs/cost.md.
 """
 
 import itertools
-import statistics
 import time
 
 import equinox as eqx
@@ -121,13 +120,11 @@ def measure(case, network, data, num_steps, rounds):
         for way in WAYS
         for x, y in zip(*map(jax.tree.leaves, (results[way], results["loop"])), strict=True)
     )
-    times: dict[str, list[float]] = {way: [] for way in programs}
-    for _ in range(rounds):
-        for way, (program, *_) in programs.items():
-            start = time.perf_counter()
-            program()
-            times[way].append(time.perf_counter() - start)
-    return {w: (*programs[w][1:], statistics.median(times[w])) for w in WAYS}, difference
+    medians = machine.medians_in_turns(
+        {way: program for way, (program, *_) in programs.items()},
+        lambda times: len(times) >= rounds,
+    )
+    return {way: (*programs[way][1:], medians[way]) for way in WAYS}, difference
 
 
 def csv_rows(name, case, num_steps, row, difference):

@@ -10,8 +10,6 @@ each run time, docs/cost.md the largest ratio.
 """
 
 import itertools
-import statistics
-import time
 from functools import partial
 
 import jax
@@ -55,14 +53,14 @@ def measure(case, rounds):
         name: jax.jit(jax.grad(partial(loss_in, way, num_steps=num_steps, bptt=bptt)))
         for name, way in ways(bptt).items()
     }
-    times: dict[str, list[float]] = {way: [] for way in programs}
-    for i in range(rounds + 10):
-        for way, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(params, data))
-            if i >= 10:  # the first compiles, and the processor's clock settles
-                times[way].append(time.perf_counter() - start)
-    seconds = {f"{way}_s": statistics.median(times[way]) for way in programs}
+    calls = {
+        name: lambda f=program: jax.block_until_ready(f(params, data))
+        for name, program in programs.items()
+    }
+    # The first runs compile, and let the processor's clock settle.
+    machine.medians_in_turns(calls, lambda times: len(times) >= 10)
+    medians = machine.medians_in_turns(calls, lambda times: len(times) >= rounds)
+    seconds = {f"{name}_s": median for name, median in medians.items()}
     names = dict(size=size, num_rollout_steps=num_steps, bptt=bptt)
     return {**names, **seconds, "machine": machine.describe("1 core")}
 

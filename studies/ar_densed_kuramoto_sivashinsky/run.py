@@ -6,12 +6,13 @@ All of them were trained on the residual of a Crank–Nicolson step, without dat
 N. Geneva, N. Zabaras: Modeling the dynamics of PDE systems with physics-constrained deep
 auto-regressive networks. J. Comput. Phys. 403, 109056 (2020), arXiv 1906.05747.
 
-Three choices helped most: a network that multiplies channels, because the equation is
-quadratic; small batches and many updates; and initial conditions that are not periodic within
-the domain, unlike those of the original training. The training states come from a replay
-buffer, which is refilled with the final states of the emulator's own rollouts
-(`Rollout.final_state`), so even one-step rollouts visit the attractor. The solver is used only
-to evaluate the emulators. The numbers are in docs/published_emulator.md.
+In the ablation, these choices helped most, in this order: spectral derivatives rather than
+differences of second order; initial conditions that are not periodic within the domain, unlike
+those of the original training; a network that multiplies channels, because the equation is
+quadratic; and many updates on small batches, with a short memory of Adam. The training states
+come from a replay buffer, which is refilled with the final states of the emulator's own
+rollouts (`Rollout.final_state`), so even one-step rollouts visit the attractor. The solver is
+used only to evaluate the emulators. The numbers are in docs/published_emulator.md.
 
     python -m studies.ar_densed_kuramoto_sivashinsky.run                  one seed
     python -m studies.ar_densed_kuramoto_sivashinsky.run --seed 0 1 2     median, least and most

@@ -215,3 +215,19 @@ def test_errors_over_time_agree_with_the_table():
         [at_that_time] = [row for row in errors if float(row["time"]) == t]
         for model, (median, *_) in medians(rows, f"mse_{t:g}").items():
             assert float(at_that_time[model]) == pytest.approx(median, rel=0.02)
+
+
+def test_readme_has_the_errors_of_the_rows():
+    rows, errors = read_csv(FOLDER / "rows.csv"), read_csv(FOLDER / "error.csv")
+    names = [f"mse_{t:g}" for t in burgers.REPORT_TIMES]
+    ours = [medians(rows, name)[burgers.OURS][0] for name in names]
+    published = [medians(rows, name)[burgers.PUBLISHED][0] for name in names]
+    over_time = {name: [float(row[name]) for row in errors] for name in errors[0]}
+    largest = {name: max(over_time[name]) for name in (burgers.OURS, burgers.PUBLISHED)}
+    time = over_time["time"][over_time[burgers.OURS].index(largest[burgers.OURS])]
+    texts = [min(published), max(published), *largest.values(), max(ours)]
+    least, most, of_ours, of_theirs, at_most = (f"{x:.1e}".replace("e-0", "e-") for x in texts)
+    cells = (
+        f"| {least} to {most}; {of_theirs} | at most {at_most}; {of_ours}, at t = {time:g} |"
+    )
+    assert cells in (ROOT / "README.md").read_text()

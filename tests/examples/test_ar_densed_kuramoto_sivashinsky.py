@@ -11,8 +11,7 @@ from benchmarks.tables import read_csv
 from residuum import residuum_loss
 from studies.ar_densed_kuramoto_sivashinsky import problem, run as ks
 from studies.train_and_tabulate import num_parameters
-from test_residuum import slow
-from tests.common import ROOT
+from tests.common import ROOT, slow
 
 
 FOLDER = ROOT / "studies" / "ar_densed_kuramoto_sivashinsky"

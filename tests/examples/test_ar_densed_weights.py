@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import test_residuum  # noqa: F401  # which tells JAX to compute in float64
 from studies.ar_densed_burgers import published_weights as ar_densed
 
 

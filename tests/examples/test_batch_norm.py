@@ -1,14 +1,12 @@
 """The running statistics of examples/batch_norm.py are those of the whole batch."""
 
+import batch_norm
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.common import config, ROOT, run_program
-
-
-batch_norm = pytest.importorskip("batch_norm", reason="needs flax", exc_type=ImportError)
 
 
 def running_statistics(u, w_in, b_in, w_out, b_out):

@@ -16,8 +16,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 from benchmarks.convolutions_on_cpu.run import ConvNet, heat_residuum, UNet
 from residuum import Cuts, residuum_loss
-from test_residuum import also_slow, slow
-from tests.common import config, equations, primitives
+from tests.common import also_slow, config, equations, primitives, slow
 
 
 TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2

@@ -18,8 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from test_residuum import slow
-from tests.common import program_environment, ROOT
+from tests.common import program_environment, ROOT, slow
 
 
 OPTIONS = inspect.signature(jax.distributed.initialize).parameters

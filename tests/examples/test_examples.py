@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from test_residuum import slow
-from tests.common import ROOT, run_program
+from tests.common import ROOT, slow
 
 
 class Table(NamedTuple):
@@ -155,10 +154,6 @@ EXAMPLES = {
 }
 NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "launcher", "replay_buffer"}
 WITHOUT_FIGURE = {"batch_norm", "data_parallel", "navier_stokes"}
-
-
-def run_example(name, *arguments, cwd):
-    return run_program(ROOT / "examples" / f"{name}.py", *arguments, cwd=cwd)
 
 
 def read_table(output, heading):

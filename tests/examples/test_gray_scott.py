@@ -9,8 +9,7 @@ import pytest
 from gray_scott import Emulator, State
 
 from residuum import residuum_loss
-from test_residuum import slow
-from tests.common import config
+from tests.common import config, slow
 
 
 def in_float64(tree):

@@ -10,8 +10,7 @@ import pytest
 from benchmarks.tables import read_csv
 from studies.gray_scott import run as ablation
 from studies.gray_scott.run import Emulator, make_residuum_fn, make_training, Recipe
-from test_residuum import slow
-from tests.common import config, ROOT, run_module
+from tests.common import config, ROOT, run_module, slow
 
 
 @pytest.fixture(autouse=True)

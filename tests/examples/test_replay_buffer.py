@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import replay_buffer
 
-import test_residuum  # noqa: F401  # which tells JAX what the tests need
-
 
 def test_final_states_are_replaced_if_lost_and_a_share_of_the_others_by_chance():
     final = {"u": jnp.zeros((1000, 2, 3)), "n": jnp.zeros(1000, int)}

@@ -13,8 +13,7 @@ import shallow_water
 from benchmarks.tables import read_csv
 from studies import train_and_tabulate
 from studies.shallow_water import run as study
-from test_residuum import slow
-from tests.common import ROOT
+from tests.common import ROOT, slow
 
 
 def moving_state(seed=0):

@@ -27,8 +27,7 @@ from studies.gray_scott import run as gray_scott
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
 from studies.which_cut import draw as which_cut
-from test_residuum import slow
-from tests.common import ROOT, run_module
+from tests.common import ROOT, run_module, slow
 
 
 STUDIES, BENCHMARKS = ROOT / "studies", ROOT / "benchmarks"

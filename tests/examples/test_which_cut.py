@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.tables import read_csv, write_csv
 from studies.which_cut import draw, run as which_cut
-from test_residuum import assert_close, evaluate, problem, residuum_loss, slow
-from tests.common import run_module
+from test_residuum import assert_close, evaluate, problem, residuum_loss
+from tests.common import ROOT, run_module, slow
 from tests.examples.test_examples import num_pixels, read_picture
 
 
@@ -112,3 +112,25 @@ def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
     picture = read_picture(tmp_path / "which_cut.png")
     for cut, style in draw.STYLES.items():
         assert num_pixels(picture, style["color"]) > 0, cut
+
+
+@pytest.mark.parametrize(
+    "study, name, column, digits",
+    [
+        ("gray_scott", "Gray–Scott", "patterns, u and v, 50", ".3f"),
+        ("ar_densed_burgers", "AR-DenseED, Burgers", "mse_0.25", ".1e"),
+        ("ar_densed_kuramoto_sivashinsky", "AR-DenseED, Kuramoto–Sivashinsky", "mse_10", ".1e"),
+        ("shallow_water", "Shallow water", "finite", ".0f"),
+    ],
+)
+def test_the_documentation_has_the_cuts_of_the_ablations(study, name, column, digits):
+    """Of training on four-step rollouts; of several learning rates, the better one."""
+    rows = read_csv(ROOT / "studies" / study / "ablation.csv")
+    four = "nothing" if study == "ar_densed_kuramoto_sivashinsky" else "4 steps"  # its recipe
+    cells = []
+    for model in (four, "4 steps, `bptt=1`"):
+        best = min(float(row[column]) for row in rows if model in row.values())
+        cells.append(f"{best:{digits}}".replace("e-0", "e-"))
+    lines = (ROOT / "docs" / "cuts.md").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith(f"| [{name}]")]
+    assert line.endswith(f" | {cells[0]} | {cells[1]} |")

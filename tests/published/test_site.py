@@ -1,4 +1,4 @@
-"""The site as `nox -s docs` has built it in site/: search, formulas, tables, figures, cards."""
+"""The site that `mkdocs build` made in site/: search, formulas, tables, figures, cards."""
 
 import html.parser
 import json
@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SITE = ROOT / "site"
 PAGES = [page for page in sorted(SITE.rglob("index.html")) if "assets" not in page.parts]
 
@@ -81,7 +81,7 @@ def test_formulas_are_typeset(name, formulas):
 
 
 @pytest.mark.parametrize(
-    "name, tables", [("published_emulator", 5), ("cost", 4), ("cuts", 3), ("scaling_out", 4)]
+    "name, tables", [("published_emulator", 5), ("cost", 4), ("cuts", 5), ("scaling_out", 4)]
 )
 def test_tables_of_benchmarks_are_shown(name, tables):
     page = SITE / name / "index.html"
