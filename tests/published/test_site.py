@@ -89,6 +89,13 @@ def test_tables_of_benchmarks_are_shown(name, tables):
     assert "<td>---" not in page.read_text()  # two tables in one
 
 
+def test_old_links_to_recipes_land_on_the_line_that_leads_on():
+    links = Elements(SITE / "recipes" / "index.html").of("a")
+    ids = {attrs["id"]: i for i, attrs in enumerate(links) if "id" in attrs}
+    for old, new in (("dropout", "dropout"), ("loss-scaling", "loss-scaling-in-float16")):
+        assert links[ids[old] + 1]["href"].endswith(f"/#{new}")
+
+
 def test_docstrings_have_no_list_by_accident():
     assert "<ol>" not in (SITE / "api" / "index.html").read_text()
 
