@@ -1,8 +1,9 @@
-"""What `residuum_loss` claims: the value and the derivatives of the textbook Python loop.
+"""The claims of `residuum_loss`: its value and its derivatives are those of a textbook Python
+loop.
 
-The oracle is the loop below, in float64, to 1e-9. This file needs residuum.py beside it, and
-`pip install jax jaxtyping chex pytest`. More tests are in tests/ of the project, one topic per
-file, with the same oracle.
+The textbook loop below is the oracle, and the two agree in float64 to 1e-9. To run this file,
+put residuum.py in the same folder and `pip install jax jaxtyping chex pytest`. The folder
+tests/ of the project has more tests with the same oracle, one topic per file.
 """
 
 import functools
@@ -21,17 +22,18 @@ from jax.flatten_util import ravel_pytree
 from residuum import Cuts, mse, residuum_loss, Rollout
 
 
-# Four virtual CPU devices, for `pmap`. JAX reads this when it first computes anything; where it
-# has done so before, it keeps its devices, and `pmap` runs on as many as there are.
+# `pmap` is tested on four virtual CPU devices. JAX reads this setting when it first computes
+# anything. If it already has, it keeps its devices, and `pmap` runs on as many as there are.
 chex.set_n_cpu_devices(4)
 
-# XLA's optimisations cost more time here than they save: nearly every program runs once. With
-# them on, as users have them: RESIDUUM_TEST_OPTIMIZED=1 python -m pytest
+# XLA's optimisations cost more time here than they save, because nearly every program runs only
+# once. To test with the optimisations that users have: RESIDUUM_TEST_OPTIMIZED=1 python -m
+# pytest
 OPTIMIZED = os.environ.get("RESIDUUM_TEST_OPTIMIZED", "0") != "0"
 
 SETTINGS = {
-    "jax_enable_x64": True,  # in float32, rounding would hide a small mistake
-    # By default, an accelerator multiplies float32 matrices in 10 bits.
+    "jax_enable_x64": True,  # in float32, round-off could hide a small mistake
+    # By default, an accelerator multiplies float32 matrices with a mantissa of 10 bits.
     "jax_default_matmul_precision": "highest",
     "jax_disable_most_optimizations": not OPTIMIZED,
 }
@@ -39,7 +41,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def settings():
-    """Of JAX, for the tests of this file alone: other files of the same run keep their own."""
+    """Sets JAX up for the tests of this file alone, since other files of the same run have
+    settings of their own."""
     before = {name: jax.config.values[name] for name in SETTINGS}
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
@@ -48,10 +51,10 @@ def settings():
         jax.config.update(name, value)
 
 
-TOLERANCE, SINGLE_TOLERANCE = 1e-9, 2e-5  # of float64 and float32
+TOLERANCE, SINGLE_TOLERANCE = 1e-9, 2e-5  # for float64 and for float32
 FLAGS = (False, True)
 
-# Set when the module is imported through jaxtyping's import hook.
+# True if this module was imported through jaxtyping's import hook.
 RUNTIME_TYPECHECKING = hasattr(residuum_loss, "__wrapped__")
 
 
@@ -80,7 +83,7 @@ def textbook_loss(
     time_level_loss=None,
     axis_name=None,
 ):
-    """What `residuum_loss` must equal in value and in every derivative."""
+    """Computes the loss that `residuum_loss` must equal in value and in every derivative."""
     if weights is None:
         weights = np.ones(num_rollout_steps)
     if time_level_loss is None:
@@ -122,8 +125,9 @@ def textbook_mse(residuum):
 
 
 def assert_as_textbook(f, *args, extra=({},), tolerance=TOLERANCE):
-    """`f(loss_fn, *args)` is the same for the oracle and for the library, whatever the
-    `extra` options. One program does it all: most of the time of a test is compilation."""
+    """Asserts that `f(loss_fn, *args)` is the same for the oracle and for the library, whatever
+    the `extra` options. A single program computes everything, because most of the time of a
+    test is compilation."""
 
     @jax.jit
     def all_of_them(*args):
@@ -136,13 +140,13 @@ def assert_as_textbook(f, *args, extra=({},), tolerance=TOLERANCE):
 
 
 #
-# A small problem that has everything: a state of several leaves, a nonlinear stepper with
-# parameters, a nonlinear residuum with a coefficient that it closes over, and weights
+# A small problem that has everything: a state with several leaves, a nonlinear stepper with
+# parameters, a nonlinear residual that closes over a coefficient, and weights
 #
 
 
 def problem(num_rollout_steps, *, batch=2, seed=0):
-    """The differentiable inputs: params, data, weights, coefficient."""
+    """Returns the differentiable inputs: params, data, weights, coefficient."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
     params = {"w": normal(3, 3), "b": 0.5 * normal(2)}
@@ -151,8 +155,8 @@ def problem(num_rollout_steps, *, batch=2, seed=0):
 
 
 def evaluate(loss_fn, params, data, weights, coefficient, **options):
-    """`loss_fn`, either the oracle or the library, as a function of all that it can be
-    differentiated by."""
+    """Evaluates `loss_fn`, either the oracle or the library, as a function of everything with
+    respect to which it can be differentiated."""
 
     def stepper(state):
         u = jnp.tanh(params["w"] @ state["u"] + state["v"][0])
@@ -185,7 +189,8 @@ def cuts_of(num_rollout_steps, bptt, prev=False, next=False):
 # Values and derivatives
 #
 
-# prev, next, weighted; no weights are ones before anything else is done with them
+# The columns are prev, next and weighted. Missing weights are replaced by ones before anything
+# else happens, so one row without weights is enough.
 AT_LEVELS = [*itertools.product(FLAGS, FLAGS, [True]), (False, False, False)]
 PROGRAMS = [dict(checkpoint=c, unroll=u) for c, u in itertools.product(FLAGS, (1, True))]
 
@@ -226,7 +231,7 @@ def test_traced_masks_equal_the_textbook_loop(bptt):
 
 
 def test_nothing_is_cut_by_default():
-    assert Cuts() == (False, False, False)  # or the oracle would cut as well
+    assert Cuts() == (False, False, False)  # otherwise the oracle would cut as well
 
 
 HIGHER_ORDER = [
@@ -242,7 +247,7 @@ EXTRA = [{}, {"checkpoint": True, "unroll": 2}, {"checkpoint": 2}, {"unroll": Tr
 
 
 def flat_problem(num_rollout_steps, **options):
-    """One flat vector of all inputs; and the losses as a function of it."""
+    """Returns all inputs as one flat vector, and the loss as a function of that vector."""
     flat, unravel = ravel_pytree(problem(num_rollout_steps, batch=1))
     options["num_rollout_steps"] = num_rollout_steps
     return flat, lambda loss_fn, flat: evaluate(loss_fn, *unravel(flat), **options)
@@ -271,7 +276,7 @@ def test_forward_mode_and_second_derivatives_equal_the_textbook_loop(options):
 
 
 #
-# chex variants: with and without jit, on one device and on many
+# chex variants: with and without jit, on one device and on several
 #
 
 
@@ -410,7 +415,7 @@ def test_mse_is_the_mean_over_all_entries_of_all_leaves():
     residuum = {"a": jnp.array([3.0, 1.0]), "b": jnp.array([[2.0 + 1.0j]])}
     assert_close(mse(residuum), jnp.float64((9 + 1 + 5) / 3))
     assert_close(mse([[jnp.int32(2)], jnp.bfloat16(3)]), jnp.float32(6.5))
-    assert_close(mse(jnp.float16(300)), jnp.float32(90000))  # float16 ends before
+    assert_close(mse(jnp.float16(300)), jnp.float32(90000))  # too large for float16
 
 
 def test_mse_adds_up_in_the_widest_dtype_of_all_leaves():
@@ -453,7 +458,7 @@ def test_complex_states_equal_the_textbook_loop(dtype, bptt):
         loss = functools.partial(rotation_loss, loss_fn, **options)
         value, grads = jax.value_and_grad(loss, (0, 1))(*inputs)
         if loss_fn is textbook_loss:
-            value = value.astype(dtype(0).real.dtype)  # its weights are of float64
+            value = value.astype(dtype(0).real.dtype)  # the oracle's weights are float64
         chex.assert_type([value, *grads], [dtype(0).real.dtype, dtype, dtype])
         return value, grads
 
@@ -504,7 +509,7 @@ def test_scalar_states_and_a_batch_of_one(bptt):
 
         return jax.value_and_grad(loss)(x)
 
-    # A Python number, without `jit`.
+    # `x` is a Python number here, and nothing is jitted.
     expected = jax.jit(functools.partial(value_and_grad, textbook_loss))(1.5)
     assert_close(value_and_grad(residuum_loss, 1.5), expected)
 
@@ -524,7 +529,8 @@ def test_functions_may_return_python_numbers(bptt):
 
 
 def test_numpy_integers_are_ints():
-    # Annotations that are checked say no; the fields of `Cuts` are not.
+    # Annotations that are checked at run time reject NumPy integers, except in the fields of
+    # `Cuts`.
     integer = int if RUNTIME_TYPECHECKING else np.uint8
 
     def f(loss_fn, inputs):
@@ -542,7 +548,7 @@ def test_lists_of_bools_are_masks():
 
 
 #
-# Bad input: an error at trace time that names the culprit
+# Bad input raises an error at trace time that names the culprit
 #
 
 
@@ -563,7 +569,7 @@ def ones(*shape, dtype=np.float32):
 
 
 BAD_CALLS = [
-    # what is wrong, the error, and what its text must name
+    # the changes to a valid call, the error, and a pattern for its message
     (dict(num_rollout_steps=2.0), TypeError, "num_rollout_steps.* int.*2.0"),
     (dict(num_rollout_steps=True), TypeError, "num_rollout_steps.* int.*True"),
     (dict(num_rollout_steps="3"), TypeError, "num_rollout_steps.* int.*'3'"),
@@ -695,10 +701,10 @@ def test_the_valid_call_is_valid():
 )
 def test_bad_input_is_named(changes, error, pattern):
     if RUNTIME_TYPECHECKING:
-        # The annotations may object first; they also name the argument.
+        # The annotations may object first, and they name the argument as well.
         error, pattern = (error, jaxtyping.TypeCheckError), next(iter(changes))
     with pytest.raises(error, match=f"(?s){pattern}"):
-        jax.eval_shape(lambda: valid_call(**changes))  # no computation, only tracing
+        jax.eval_shape(lambda: valid_call(**changes))  # traces and computes nothing
 
 
 @pytest.mark.parametrize(

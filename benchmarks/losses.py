@@ -1,7 +1,7 @@
-"""The same loss in several ways: by `residuum_loss`, and as one writes it by hand.
+"""Computes the same loss in several ways: by `residuum_loss`, and as one writes it by hand.
 
 Each way is a function `(stepper, data, residuum_fn, num_steps, k)`, where `k` is the number of
-steps between two cuts, or False. `stepper` and `residuum_fn` are for one sample.
+steps between two cuts, or False. `stepper` and `residuum_fn` are functions of one sample.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ def with_residuum(stepper, data, residuum_fn, num_steps, k, **options):
 
 
 def with_plain_scan(stepper, data, residuum_fn, num_steps, k, scan=jax.lax.scan):
-    """`stop_gradient` under a mask."""
+    """Scans over the steps, with `stop_gradient` under a mask."""
 
     def step(u_prev, cut):
         u_next = jax.vmap(stepper)(u_prev)
@@ -33,8 +33,8 @@ def with_plain_scan(stepper, data, residuum_fn, num_steps, k, scan=jax.lax.scan)
 
 
 def with_checkpointed_segments(stepper, data, residuum_fn, num_steps, k, length=1):
-    """A scan over segments, each of which is a `jax.checkpoint` of a scan over its steps and
-    ends in `stop_gradient`. Where nothing is cut, they have a `length` of their own."""
+    """Scans over segments, each of which is a `jax.checkpoint` of a scan over its steps and
+    ends in `stop_gradient`. If nothing is cut, the segments have `length` steps."""
 
     def step(u_prev, _):
         u_next = jax.vmap(stepper)(u_prev)
@@ -58,7 +58,7 @@ def with_checkpointed_segments(stepper, data, residuum_fn, num_steps, k, length=
 
 
 def heat_residuum(u_next, u_prev, axes, roll=jnp.roll):
-    """One implicit Euler step of the heat equation, periodic in `axes`. `roll` is that of JAX
-    or of PyTorch."""
+    """Computes the residual of an implicit Euler step of the heat equation, periodic in `axes`.
+    `roll` is the function of JAX or of PyTorch."""
     laplacian = sum(roll(u_next, 1, a) - 2 * u_next + roll(u_next, -1, a) for a in axes)
     return u_next - u_prev - 0.01 * laplacian

@@ -1,6 +1,7 @@
-"""The machine that measures: its name, a core of it for each process, and run times.
+"""Names the machine that measures, gives each process a core of its own, and measures run
+times.
 
-JAX is imported inside of the functions, since some programs configure it first.
+JAX is imported inside the functions, since some programs configure JAX first.
 """
 
 import multiprocessing
@@ -14,8 +15,8 @@ import time
 
 
 def on_single_cores(function, cases, num_workers=None):
-    """Yields `function(case)` of each case, in their order. Each worker is a process with a
-    core of its own, so that two that run at the same time measure the same as one."""
+    """Yields `function(case)` for each case, in their order. Each worker is a process with a
+    core of its own, so two workers that run at the same time measure the same as one."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -29,7 +30,7 @@ def on_single_cores(function, cases, num_workers=None):
 
 
 def start_worker(cores):
-    """Restricts a process to one core, before JAX starts a thread for each available one."""
+    """Restricts a process to one core, before JAX starts a thread for each available core."""
     import jax
 
     if hasattr(os, "sched_setaffinity"):
@@ -38,8 +39,8 @@ def start_worker(cores):
 
 
 def describe(share, *modules):
-    """The accelerator, or the processor and the `share` of it in use ("2 cores", say); the
-    versions of JAX and of further modules."""
+    """Returns the accelerator, or the processor and the `share` of it in use, such as "2
+    cores". The versions of JAX and of other modules follow."""
     import jax
 
     if jax.default_backend() == "cpu":
@@ -61,11 +62,11 @@ def processor():
 
 
 def medians_in_turns(programs, is_measured):
-    """The median run time [s] of each of the programs `{name: function of nothing}`.
+    """Returns the median run time [s] of each program in `{name: function of no arguments}`.
 
-    They run in turns, so that the noise of the machine hits all alike, each until
-    `is_measured(times)`. The order is random: who runs after a program of as much memory finds
-    the memory mapped already.
+    The programs run in turns, so that the noise of the machine affects all of them alike, each
+    until `is_measured(times)`. The order is random, because a program that runs after another
+    one with as much memory finds that memory already mapped.
     """
     times = {name: [] for name in programs}
     while unfinished := [name for name in programs if not is_measured(times[name])]:

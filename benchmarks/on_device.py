@@ -1,20 +1,21 @@
-"""Tests, memory and run time on the GPU or TPU at hand, in at most eight minutes.
+"""Measures tests, memory and run time on the GPU or TPU at hand, in at most eight minutes.
 
-Four parts, the most valuable first. Each is a process with a time limit of its own. It writes
-its rows after each measurement, into benchmarks/on_device/, so an interruption loses only the
-rest:
+The program has four parts, the most valuable first. Each part is a process with a time limit of
+its own. It writes a row after each measurement, into benchmarks/on_device/, so an interruption
+loses only the rest:
 
-1. `tests`: the library's tests on the device, by file.
-2. `memory`: the compiler's figure for a gradient, and the peak that the device reports
-   (`memory_stats()`). The programs run in the order of the former, since a peak is never reset.
-3. `time`: the median run time of a gradient. The programs of a case run in turns: residuum, the
-   same with other values of `unroll`, a plain scan, checkpointed segments, trainax if it is
-   installed, and as many calls of a one-step gradient as there are steps.
-4. `largest`: the longest rollout, and the largest field, whose gradient fits into the memory,
-   by the compiler's figure. It is run as well if that takes less than 20 seconds.
+1. `tests` runs the library's tests on the device, by file.
+2. `memory` compares the compiler's figure for a gradient with the peak that the device reports
+   (`memory_stats()`). The programs run in the order of the compiler's figure, since the peak
+   is never reset.
+3. `time` measures the median run time of a gradient. The programs of a case run in turns:
+   residuum, residuum with other values of `unroll`, a plain scan, checkpointed segments,
+   trainax if it is installed, and as many calls of a one-step gradient as there are steps.
+4. `largest` finds the longest rollout and the largest field whose gradient fits into the
+   memory, by the compiler's figure. It also runs the gradient if that takes less than 20 s.
 
 The networks are those of benchmarks/accelerators. The program needs JAX, jaxtyping, chex,
-pytest and pytest-xdist. What the machine lacks may be in a folder:
+pytest and pytest-xdist. If the machine lacks a package, put it into a folder:
 
     pip install --no-deps --target packages trainax==0.0.2
     python benchmarks/on_device.py --packages packages
@@ -36,7 +37,7 @@ import xml.etree.ElementTree
 
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this file is a program: Python would look beside it
+sys.path.insert(0, str(ROOT))  # Python would only look next to this file
 
 import jax  # noqa: E402
 
@@ -44,7 +45,7 @@ from benchmarks import losses, machine, tables  # noqa: E402
 from benchmarks.accelerators.networks import NETWORKS, residuum_fn  # noqa: E402
 
 
-SECONDS = {"tests": 155, "memory": 100, "time": 105, "largest": 80}  # and 10 more for each
+SECONDS = {"tests": 155, "memory": 100, "time": 105, "largest": 80}  # and 10 more for each part
 LONGEST_RUN = 20  # seconds
 
 
@@ -62,7 +63,8 @@ TEST_FILES = ("test_residuum.py", *(f"tests/test_{topic}.py" for topic in TOPICS
 
 
 def run_tests(folder, deadline, quick):
-    """A row for each file. Tests that need trainax are left out where it is missing."""
+    """Writes a row for each test file. Tests that need trainax are left out if it is
+    missing."""
     backend = jax.default_backend()
     environment = dict(os.environ)
     if backend != "cpu":
@@ -111,7 +113,7 @@ def describe(**columns):
 # Programs
 #
 
-WAYS = {  # loss, the number of steps between cuts, options
+WAYS = {  # loss, number of steps between cuts, options
     "bptt=1": (losses.with_residuum, 1, {}),
     "bptt=5": (losses.with_residuum, 5, {}),
     "checkpoint=True": (losses.with_residuum, False, dict(checkpoint=True)),
@@ -122,7 +124,8 @@ WAYS = {  # loss, the number of steps between cuts, options
 
 
 def compile_gradient(network, batch, way, num_steps, options=None, state=None):
-    """A program of no arguments, and the bytes that it needs as the compiler reports them."""
+    """Returns a program of no arguments, and how many bytes it needs, as the compiler
+    reports."""
     loss, k, more = WAYS[way] if isinstance(way, str) else way
     network = NETWORKS[network]
     is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
@@ -157,7 +160,7 @@ def measure_memory(folder, deadline, quick):
     programs = []
     all_steps = (4,) if quick else (1000, 100, 10)
     for num_steps, way, network in itertools.product(all_steps, ways, networks):
-        if time.time() > deadline - 40:  # for the runs
+        if time.time() > deadline - 40:  # keeps time for the runs
             break
         program, needed = compile_gradient(network, NETWORKS[network].samples, way, num_steps)
         case = dict(network=network, way=way, num_rollout_steps=num_steps, needed_bytes=needed)
@@ -180,7 +183,7 @@ def measure_memory(folder, deadline, quick):
 
 
 def measure_time(folder, deadline, quick):
-    cases = [  # network, batch, steps between cuts; from launch-bound to compute-bound
+    cases = [  # network, batch, steps between cuts, some launch-bound and some compute-bound
         ("MLP", 16, 1),
         ("conv 2D", 4, 1),
         ("MLP", 4096, 1),
@@ -237,8 +240,9 @@ def with_trainax(stepper, data, residuum_fn, num_steps, k):
 
 
 def find_largest(folder, deadline, quick):
-    """The compiler's figure grows linearly with the number of steps, and with the points of a
-    field: two programs give the line, a third one checks what the line predicts."""
+    """Finds the largest size whose gradient fits. The compiler's figure grows linearly with the
+    number of steps, and with the number of points of a field. Two programs give the line, and a
+    third one checks the prediction of the line."""
     limit = 0.95 * memory_limit(quick)
     sizes = dict(steps=(16, 32), points=(64, 96))
     if quick:
@@ -268,7 +272,8 @@ def find_largest(folder, deadline, quick):
 
 
 def largest_case(what, way, quick, size):
-    """A gradient of `size` steps of a 2D field, or of 10 steps of one with `size`³ points."""
+    """Compiles a gradient of `size` steps of a 2D field, or of 10 steps of a field with `size`³
+    points."""
     if what == "steps":
         network = "MLP" if quick else "conv 2D"
         return compile_gradient(network, NETWORKS[network].samples, way, size)
@@ -302,7 +307,7 @@ def files_of(folder):
 
 
 def table_of(folder):
-    """The tables of the documentation, of the parts that have rows."""
+    """Makes the tables of the documentation for all parts that have rows."""
     rows_of = {part: tables.read_csv(path) for part, path in files_of(folder).items()}
     read = lambda part: rows_of.get(part, [])
     found = []
@@ -357,7 +362,7 @@ def main():
     if not args.table:
         packages = str(args.packages.resolve()) if args.packages else ""
         environment = os.environ | {"PYTHONPATH": packages}
-        # No process keeps more memory than it uses; and one may use nearly all of it.
+        # No process keeps more memory than it uses, and one process may use nearly all of it.
         environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         environment |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
         for part in args.parts:
@@ -367,7 +372,7 @@ def main():
             command += ["--deadline", str(time.time() + limit)] + ["--quick"] * args.quick
             print(f"{part}, at most {limit} s", flush=True)
             try:
-                # A little longer, for a measurement that has begun.
+                # The limit is a little longer, for a measurement that has begun.
                 subprocess.run(command, env=environment, timeout=limit + 10)
             except subprocess.TimeoutExpired:
                 print(f"{part} was stopped; its rows so far are kept", flush=True)

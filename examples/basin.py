@@ -1,5 +1,5 @@
-"""The shallow-water equations in closed basins, with coasts, islands, an uneven bottom and a
-wind that changes in time.
+"""Defines the shallow-water equations in closed basins, with coasts, islands, an uneven bottom
+and a wind that changes in time.
 
     ∂u/∂t − f v + g ∂η/∂x = τ_x / h − drag u        no flow through the walls
     ∂v/∂t + f u + g ∂η/∂y = τ_y / h − drag v        drag = (0.01 + 0.05 |(u, v)|) / h
@@ -20,19 +20,19 @@ from canonical_convolutions import canonical_convolutions
 
 NUM_POINTS, DT, GRAVITY = 32, 2.0, 1.0  # the mesh width is 1
 WIND_SIZE = 0.002  # typical stress over density
-# Measured once, on trajectories of the solver: sizes of u, v, η and of what one step changes.
+# Measured once: the RMS of u, v and η on trajectories, and of their change in one step.
 FIELD_SIZE = np.array([0.044, 0.044, 0.052])[:, None, None]
 CHANGE_SIZE = np.array([0.015, 0.015, 0.013])[:, None, None]
 
 
 class State(NamedTuple):
     fields: jax.Array  # u on west faces, v on south faces, η in cells: [3, x, y]
-    depth: jax.Array  # [x, y], positive on land as well
+    depth: jax.Array  # [x, y], positive even on land
     mask: jax.Array  # [x, y], 1 in wet cells and 0 on land
 
 
 #
-# The grid: a neighbour outside of the array is a ghost cell, where all is 0, and so is the mask
+# The grid: a neighbour outside of the array is a ghost cell, where fields and mask are 0
 #
 
 
@@ -53,12 +53,12 @@ def north(x):
 
 
 def open_faces(mask):
-    """1 on the west and south faces between two wet cells, `[2, x, y]`."""
+    """Returns 1 on west and south faces between two wet cells, 0 elsewhere, `[2, x, y]`."""
     return mask * jnp.stack([west(mask), south(mask)])
 
 
 def face_depths(depth):
-    """Means of two cells, `[2, x, y]`; the outermost faces are closed, whatever their depth."""
+    """Averages the depths of two cells, `[2, x, y]`. The outermost faces are always closed."""
     padded = jnp.pad(depth, ((1, 0), (1, 0)), "edge")
     return (depth + jnp.stack([padded[:-1, 1:], padded[1:, :-1]])) / 2
 
@@ -69,7 +69,7 @@ def face_depths(depth):
 
 
 def drag(fields, depths):
-    """On faces, `[2, x, y]`."""
+    """Computes the drag on faces, `[2, x, y]`."""
     u, v, _ = fields
     v_at_u, u_at_v = v + west(v), u + south(u)
     v_at_u, u_at_v = (v_at_u + north(v_at_u)) / 4, (u_at_v + east(u_at_v)) / 4
@@ -82,11 +82,11 @@ def coriolis(shape):
 
 
 def time_derivative(fields, state, wind):
-    """Of `fields`, under the wind stress `[2, x, y]`. Basin and drag are those of `state`, so
-    it is linear in the fields, plus a constant."""
+    """Computes the time derivative of `fields` under the wind stress `[2, x, y]`. Basin and
+    drag are those of `state`, so the result is linear in the fields, plus a constant."""
     faces, depths = open_faces(state.mask), face_depths(state.depth)
     flux_u, flux_v = faces * depths * fields[:2]
-    corner = coriolis(state.mask.shape) / face_depths(depths[0])[1]  # of each cell, south-west
+    corner = coriolis(state.mask.shape) / face_depths(depths[0])[1]  # at south-west corners
     turn_u, turn_v = corner * (flux_v + west(flux_v)), corner * (flux_u + south(flux_u))
     turn = jnp.stack([turn_u + north(turn_u), -turn_v - east(turn_v)]) / 4  # does no work
     slope = jnp.stack([fields[2] - west(fields[2]), fields[2] - south(fields[2])])
@@ -95,7 +95,7 @@ def time_derivative(fields, state, wind):
 
 
 def inflow(flux_u, flux_v):
-    """Into the cells, through their faces: what leaves one cell enters another."""
+    """Sums the fluxes into each cell through its faces. What leaves one cell enters another."""
     return flux_u - east(flux_u) + flux_v - north(flux_v)
 
 
@@ -106,7 +106,7 @@ def crank_nicolson(u_next, u_prev, wind):
 
 
 def hermite(u_next, u_prev, wind):
-    """The same, of fourth order but for the drag, from the second time derivatives as well."""
+    """Zero if `u_next` is one step after `u_prev`, of fourth order except for the drag."""
     f = lambda fields: time_derivative(fields, u_prev, wind)
     slope_0, slope_1 = f(u_prev.fields), f(u_next.fields)
     bend = jax.jvp(f, (u_prev.fields,), (slope_0 - slope_1,))[1]
@@ -115,12 +115,12 @@ def hermite(u_next, u_prev, wind):
 
 
 #
-# Solvers, for the evaluation
+# Solvers, which are used only for the evaluation
 #
 
 
 def exact_step(residuum_fn):
-    """The step at which the residual is zero. The residual is linear in it."""
+    """Returns the step at which the residual, which is linear in that step, is zero."""
 
     def step(state, wind):
         residual = lambda fields: residuum_fn(state._replace(fields=fields), state, wind)
@@ -134,8 +134,8 @@ def exact_step(residuum_fn):
 
 
 def runge_kutta(state, wind, num_substeps=16):
-    """The state after one step, with the drag of each instant. Twice as many substeps change
-    a rollout by 2e-5 at most."""
+    """Returns the state after one step, with the drag of each instant. Doubling the number of
+    substeps changes a rollout by 2e-5 at most."""
     dt = DT / num_substeps
     f = lambda fields: time_derivative(fields, state._replace(fields=fields), wind)
 
@@ -161,7 +161,7 @@ def smooth_noise(key, scale):
 
 
 def random_state(key):
-    """At rest, with a rough surface, in a basin with a coast, shoals and two islands."""
+    """Returns a state at rest, with a rough surface, a coast, shoals and two islands."""
     keys = jax.random.split(key, 5)
     x = (jnp.arange(NUM_POINTS) + 0.5) / NUM_POINTS
     to_wall = jnp.minimum(x, 1 - x)
@@ -177,7 +177,8 @@ def random_state(key):
 
 
 def wind_stress(amplitudes):
-    """`[..., 2, x, y]` from amplitudes `[..., 6]` of uniform winds, shear and convergence."""
+    """Computes `[..., 2, x, y]` from amplitudes `[..., 6]` of uniform, sheared, convergent
+    winds."""
     wave = jnp.cos(jnp.pi * (jnp.arange(NUM_POINTS) + 0.5) / NUM_POINTS)
     x, y = jnp.meshgrid(wave, wave, indexing="ij")
     patterns = jnp.stack([jnp.ones_like(x), x, y])
@@ -186,8 +187,8 @@ def wind_stress(amplitudes):
 
 
 def amplitude_series(amplitudes, num_steps, key):
-    """`[..., num_steps, 6]` after the given ones, `[..., 6]`: an Ornstein–Uhlenbeck process
-    with a memory of ten steps."""
+    """Draws the amplitudes `[..., num_steps, 6]` that follow `amplitudes`, `[..., 6]`. They are
+    an Ornstein–Uhlenbeck process with a memory of ten steps."""
     correlation = np.exp(-1 / 10)
 
     def step(amplitudes, key):
@@ -199,7 +200,7 @@ def amplitude_series(amplitudes, num_steps, key):
 
 
 def random_samples(key, num_samples):
-    """States, and amplitudes of the wind `[num_samples, 6]`."""
+    """Returns random states, and amplitudes `[num_samples, 6]` of the wind."""
     states_key, wind_key = jax.random.split(key)
     states = jax.vmap(random_state)(jax.random.split(states_key, num_samples))
     return states, WIND_SIZE * jax.random.normal(wind_key, (num_samples, 6))
@@ -211,7 +212,7 @@ def random_samples(key, num_samples):
 
 
 def rollout(stepper, states, winds):
-    """Fields `[sample, time, 3, x, y]`, under the winds `[sample, time, 2, x, y]`."""
+    """Returns fields `[sample, time, 3, x, y]` under the winds `[sample, time, 2, x, y]`."""
 
     def trajectory(state, wind):
         step = lambda state, wind: 2 * (stepper(state, wind),)
@@ -222,12 +223,12 @@ def rollout(stepper, states, winds):
 
 
 def relative_error(fields, reference):
-    """nRMSE `[time]` of all three fields, each over its size."""
+    """Computes the nRMSE `[time]` of all three fields, each divided by its RMS."""
     return common.error_over_time(fields / FIELD_SIZE, reference / FIELD_SIZE)
 
 
 def show_basin(axis, title, mask, fields):
-    """η in colours, and the currents."""
+    """Draws η in colours and the currents as arrows."""
     u, v, eta = (np.where(mask == 0, np.nan, field) for field in fields)
     image = common.show(axis, title, eta, eta.shape, vmin=-0.1, vmax=0.1)
     centres = np.arange(0.5, len(eta), 2)

@@ -1,8 +1,8 @@
-"""Batch norms of Equinox and of Flax NNX in a stepper.
+"""Uses the batch norms of Equinox and of Flax NNX in a stepper.
 
 A batch norm needs the whole batch, but `residuum_loss` calls the stepper on one sample.
-`axis_name` gives the batch axis the name under which the batch norm averages. Running
-statistics are a leaf of the state, with one copy for each sample; all copies remain equal.
+`axis_name` gives the batch axis the name under which the batch norm averages. The running
+statistics are a leaf of the state, with one copy for each sample. All copies remain equal.
 
     python examples/batch_norm.py     running statistics after one gradient, of both libraries
 """
@@ -26,7 +26,7 @@ def heat_residuum(u_next, u_prev):
 
 
 def copies(statistics, data):
-    """One for each sample, with a snapshot axis."""
+    """Copies the statistics for each sample, with a snapshot axis."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(data), 1, *x.shape)), statistics)
 
 
@@ -53,7 +53,7 @@ class EquinoxEmulator(eqx.Module):
 
 
 def with_equinox(data):
-    """The network, its gradient, and the running statistics after the rollout."""
+    """Returns the network, its gradient, and the running statistics after the rollout."""
 
     @eqx.filter_jit
     @eqx.filter_grad(has_aux=True)
@@ -65,13 +65,13 @@ def with_equinox(data):
     network, statistics = eqx.nn.make_with_state(EquinoxEmulator)(jax.random.key(1))
     grads, rollout = grad(network, statistics)
     statistics = jax.tree.map(lambda x: x[0], rollout.final_state[1])
-    # To evaluate the emulator, on one state:
+    # This is how to evaluate the emulator on one state.
     eqx.nn.inference_mode(network)((data[0, 0], statistics))
     return network, grads, statistics
 
 
 #
-# Flax NNX: a module is mutated when it is called, so it is merged inside of the stepper
+# Flax NNX: a call mutates a module, so the module is merged inside the stepper
 #
 
 
@@ -86,7 +86,7 @@ class FlaxEmulator(nnx.Module):
 
 
 def with_flax(data):
-    """The network, its gradient, and the running statistics after the rollout."""
+    """Returns the network, its gradient, and the running statistics after the rollout."""
     graphdef, *states = nnx.split(FlaxEmulator(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
     params, statistics = states
 
@@ -104,7 +104,7 @@ def with_flax(data):
     grads, rollout = jax.grad(loss, has_aux=True)(params, statistics)
     statistics = jax.tree.map(lambda x: x[0], rollout.final_state["statistics"])
     emulator = nnx.merge(graphdef, params, statistics)
-    # To evaluate the emulator, on a batch: emulator.eval(), emulator(u)
+    # To evaluate the emulator on a batch, call emulator.eval() and then emulator(u).
     return emulator, grads, statistics
 
 

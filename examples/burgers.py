@@ -56,7 +56,7 @@ RESOLVED = np.arange(NUM_POINTS // 2 + 1) < NUM_POINTS / 3  # 2/3 rule of dealia
 
 
 def time_derivative(u):
-    """∂u/∂t of a state `[1, NUM_POINTS]`, with spectral derivatives."""
+    """Computes ∂u/∂t of a state `[1, NUM_POINTS]` with spectral derivatives."""
     u_hat = jnp.fft.rfft(u)
     u_squared_hat = RESOLVED * jnp.fft.rfft(jnp.fft.irfft(RESOLVED * u_hat) ** 2)
     convection = 0.5j * WAVENUMBERS * u_squared_hat
@@ -71,7 +71,7 @@ def crank_nicolson(u_next, u_prev):
 
 
 def initial_conditions(num_samples, key):
-    """Random states `[num_samples, 1, NUM_POINTS]`."""
+    """Draws random states `[num_samples, 1, NUM_POINTS]`."""
     generator = ex.ic.RandomTruncatedFourierSeries(1, cutoff=5, max_one=True)
     return ex.build_ic_set(generator, num_points=NUM_POINTS, num_samples=num_samples, key=key)
 
@@ -86,7 +86,7 @@ def reference_solver():
 
 
 class Emulator(eqx.Module):
-    """Advances a state `[1, NUM_POINTS]` by one time step: adds what a ConvNet makes of it."""
+    """Advances a state `[1, NUM_POINTS]` by one time step: adds the output of a ConvNet."""
 
     network: ConvNet
 
@@ -99,7 +99,7 @@ class Emulator(eqx.Module):
 
 def train_emulator(name, loss_fn, data, *, num_updates, key):
     """Trains a fresh emulator with Adam on batches of `data`, `[sample, num_snapshots, 1,
-    NUM_POINTS]`; returns it and the seconds that took."""
+    NUM_POINTS]`. Returns the emulator and the training time in seconds."""
     init_key, batch_key = jax.random.split(key)
     stepper = Emulator(init_key)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
@@ -133,11 +133,11 @@ def main():
             num_rollout_steps=2 * steps, cuts=Cuts(bptt=steps)
         ),
     }
-    data = train_set[:, None]  # with one snapshot, the initial condition
+    data = train_set[:, None]  # a single snapshot, the initial condition
     trajectories = {"persistence": rollout(lambda u: u, test_set, TEST_STEPS)}
     seconds = {}
     for name, options in models.items():
-        # Unrolled, because XLA runs convolutions in a loop slowly on a CPU.
+        # The rollout is unrolled, because XLA's convolutions are slow in a loop on a CPU.
         loss_fn = partial(residuum_loss, residuum_fn=crank_nicolson, unroll=True, **options)
         stepper, seconds[name] = train_emulator(
             name, loss_fn, data, num_updates=args.updates, key=model_key

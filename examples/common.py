@@ -1,4 +1,4 @@
-"""What the examples share: options, a ConvNet, training, errors, figures."""
+"""The examples share these functions for options, a ConvNet, training, errors and figures."""
 
 import argparse
 import pathlib
@@ -41,21 +41,22 @@ def parse_options(description, output, **options):
 
 
 def bilinear(hidden):
-    """An activation for quadratic equations: the product of the two halves of the channels."""
+    """Multiplies the two halves of the channels: an activation for quadratic equations."""
     a, b = jnp.split(hidden, 2)
     return a * b
 
 
 def gated(hidden):
-    """The same, but no more than linear in large states: where steps are long, and products
-    of products overflow."""
+    """Multiplies the two halves of the channels, but grows no more than linearly in large
+    states. With long time steps, products of products would overflow."""
     a, b = jnp.split(hidden, 2)
     return a * jnp.tanh(b)
 
 
 class ConvNet(eqx.Module):
-    """Layers `[channels[0], *space] -> ... -> [channels[-1], *space]`, periodic in space. Their
-    weights have variance gain² / (3 fan-in), those of the last layer 0 if `zero_last`."""
+    """Maps `[channels[0], *space] -> ... -> [channels[-1], *space]`, periodic in space. The
+    weights have variance gain² / (3 fan-in). With `zero_last`, the weights of the last layer
+    are 0."""
 
     # pdequinox has no bilinear activation, no dilations, and no last layer of zeros.
     layers: list[eqx.nn.Conv]
@@ -85,7 +86,7 @@ class ConvNet(eqx.Module):
 
 def train(update, carry, keys, name=""):
     """Calls `carry, loss = update(carry, key)` for each key, with a progress bar. Returns the
-    last carry, and the seconds that this took, compilation included."""
+    last carry and the seconds that all calls took, including compilation."""
     start = time.perf_counter()
     progress = tqdm(keys, desc=name or None)
     for i, key in enumerate(progress):
@@ -101,13 +102,15 @@ def train(update, carry, keys, name=""):
 
 
 def rollout(stepper, states, num_steps):
-    """Trajectories from states `[batch, ...]`, leaves `[batch, num_steps + 1, ...]`."""
+    """Rolls out from states `[batch, ...]`. The leaves of the result are `[batch, num_steps +
+    1, ...]`."""
     trajectory = ex.rollout(stepper, num_steps, include_init=True)
     return jax.jit(canonical_convolutions(jax.vmap(trajectory)))(states)
 
 
 def error_over_time(trajectories, reference):
-    """nRMSE `[time]`: ‖u − reference‖ / ‖reference‖ of a state, mean over samples."""
+    """Computes the nRMSE `[time]`, i.e., ‖u − reference‖ / ‖reference‖ of each state, as a mean
+    over samples."""
     # exponax.metrics.nRMSE normalises each channel separately and sums over the channels.
     norm = lambda u: jnp.sqrt(jnp.sum(u**2, axis=tuple(range(2, u.ndim))))
     return jnp.mean(norm(trajectories - reference) / norm(reference), axis=0)
@@ -120,13 +123,14 @@ def print_table(heading, columns, rows):
         print(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
 
 
-# In the colours of Okabe and Ito, which the colour-blind can tell apart.
+# These are colours of Okabe and Ito, which colour-blind people can tell apart.
 COLORS = ("#777777", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 LINES = (":", "-.", "--", "-", (0, (1, 1)))
 
 
 def plot_errors(axis, dt, errors, title="unseen initial conditions"):
-    """Errors `{name: [time]}` over time, without that of the initial condition, which is 0."""
+    """Plots errors `{name: [time]}` over time. The error of the initial condition is 0 and left
+    out."""
     for color, line, (name, error) in zip(COLORS, LINES, errors.items(), strict=False):
         times = dt * np.arange(1, len(error))
         axis.semilogy(times, error[1:], linestyle=line, color=color, label=name)
@@ -135,7 +139,7 @@ def plot_errors(axis, dt, errors, title="unseen initial conditions"):
 
 
 def show(axis, title, u, extent, **style):
-    """A field `[x, y]`, on [0, extent[0]) × [0, extent[1])."""
+    """Shows a field `[x, y]` on [0, extent[0]) × [0, extent[1])."""
     style = dict(cmap="RdBu_r", aspect="auto", origin="lower") | style
     axis.set(title=title)
     return axis.imshow(u.T, extent=(0, extent[0], 0, extent[1]), **style)

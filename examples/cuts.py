@@ -30,8 +30,9 @@ FIGURES = {
 
 
 def gradient_arrows(cuts):
-    """Whether a gradient flows back along the edges of step t, `{edge: bool[NUM_STEPS]}`:
-    `chain` from f to uₜ, `prev` from r to uₜ, `next` from r to uₜ₊₁, `made` from uₜ₊₁ to f."""
+    """Returns whether a gradient flows back along each edge of step t, `{edge:
+    bool[NUM_STEPS]}`. The edges are `chain` from f to uₜ, `prev` from r to uₜ, `next` from r to
+    uₜ₊₁, and `made` from uₜ₊₁ to f."""
 
     def loss(perturbations):
         chain, prev, next = (jnp.append(perturbations[e], 0) for e in ("chain", "prev", "next"))
@@ -60,7 +61,7 @@ def gradient_arrows(cuts):
 
 
 #
-# The picture, in SVG and in colours that are legible on white and on black
+# The diagram, in SVG and in colours that are legible on white and on black
 #
 
 VALUE, GRADIENT = "#8b949e", "#e8730c"
@@ -80,7 +81,8 @@ def node(x, y, label, *, square):
 
 
 def arrow(start, end, color, *, dashed, side=0):
-    """From node to node; moved to the side by some points, seen in its direction."""
+    """Draws an arrow between two nodes, moved sideways by some points, as seen along the
+    arrow."""
     start, end = np.array(start, float), np.array(end, float)
     along = (end - start) / np.linalg.norm(end - start)
     across = side * np.array([-along[1], along[0]])

@@ -1,10 +1,10 @@
 """Trains the Burgers emulator of burgers.py on any number of devices and processes.
 
-JAX does the work. The batch is one global array, of which each device holds a part, and `jit`
-compiles one program for all devices, which includes the sum of the gradients over them. The
-loss is called as on one device. A process has to do two things: join the others by
+JAX does the work. The batch is one global array, of which each device holds a part. `jit`
+compiles one program for all devices, which includes the sum of the gradients over them. You
+call the loss as on one device. A process has to do two things: join the others by
 `jax.distributed.initialize`, and load its own part of each batch for
-`jax.make_array_from_process_local_data`. Up to rounding, the result is that of one process.
+`jax.make_array_from_process_local_data`. Up to round-off, the result is that of one process.
 
 If a process or the launcher dies, all processes end. With `--checkpoint DIR`, the same command
 then resumes from the last checkpoint, with any number of processes.
@@ -46,7 +46,7 @@ from residuum import residuum_loss
 
 
 def join(args):
-    """Makes this process one of several, as the command line or the cluster says."""
+    """Makes this process one of several, as the command line or the cluster specifies."""
     if args.launched:
         end_with_launcher()
     if args.cpu_devices:
@@ -63,25 +63,25 @@ def join(args):
 # Checkpoints
 #
 
-# Each device has the whole state of training, so process 0 writes it, to one file for any
-# number of processes. With Orbax, each process could write its own part of a sharded state.
+# Each device has the whole state of training, so process 0 alone writes it, to a single file.
+# With Orbax, each process could write its own part of a sharded state.
 
 
 def save(path, training):
-    """Replaces the last checkpoint. Killed at any time, this leaves the old one or the new."""
+    """Replaces the last checkpoint. A process killed here leaves the old one or the new one."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
         eqx.tree_serialise_leaves(file, training)
         file.flush()
-        os.fsync(file.fileno())  # even if the machine dies
+        os.fsync(file.fileno())  # in case the machine crashes
     unfinished.replace(path)
 
 
 def restore(path, training):
-    """What process 0 has saved, or `training` if there is no file, in all processes."""
+    """Returns in all processes what process 0 has saved, or `training` if there is no file."""
     if jax.process_index() == 0 and path.exists():
         training = eqx.tree_deserialise_leaves(path, training)
-    # Process 0 alone reads, so that all resume from the same update, whatever they see on disk.
+    # Only process 0 reads, so that all processes resume from the same update.
     return multihost_utils.broadcast_one_to_all(training)
 
 
@@ -92,7 +92,7 @@ def restore(path, training):
 
 def train(stepper, train_set, args, num_updates, checkpoint=None):
     """Returns the trained stepper and the history of the loss. Resumes from the file
-    `checkpoint` if it exists, and writes it."""
+    `checkpoint` if it exists, and writes checkpoints to it."""
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     on_all_devices, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_updates))
@@ -110,7 +110,7 @@ def train(stepper, train_set, args, num_updates, checkpoint=None):
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state, history.at[i].set(loss), i + 1
 
-    # All that is needed to resume.
+    # This tuple is all that is needed to resume.
     training = params, optimizer.init(params), jnp.zeros(num_updates), jnp.array(0)
     if checkpoint:
         training = restore(checkpoint, training)
@@ -123,8 +123,8 @@ def train(stepper, train_set, args, num_updates, checkpoint=None):
     own = np.split(np.arange(BATCH_SIZE), jax.process_count())[jax.process_index()]
     updates = range(start, num_updates)
     for i in tqdm(updates, initial=start, total=num_updates, disable=not is_first):
-        # All processes draw the same samples, which depend on the seed and the number of the
-        # update only, and each loads its own.
+        # The samples depend only on the seed and the number of the update, so all processes
+        # draw the same samples. Each process loads its own part.
         rng = np.random.default_rng((args.seed, i))
         samples = rng.choice(NUM_TRAIN, BATCH_SIZE, replace=False)[own]
         data = jax.make_array_from_process_local_data(split, train_set[samples][:, None])
@@ -141,7 +141,7 @@ def run(args):
     num_updates = 20 if args.quick else args.updates
     checkpoint = None
     if args.checkpoint:
-        # Other options train something else, and have a checkpoint of another name.
+        # The name depends on the options, since other options train another emulator.
         name = f"seed_{args.seed}_updates_{num_updates}_rollout_steps_{args.rollout_steps}"
         checkpoint = args.checkpoint / f"{name}.eqx"
         args.checkpoint.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def main():
     parser.add_argument("--coordinator", help="host:port of process 0, with --process-id")
     parser.add_argument("--cluster", action="store_true", help="started by a cluster")
     parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
-    # JAX's own 100 seconds are for machines that are farther apart.
+    # JAX's own default of 100 seconds suits machines that are farther apart.
     silence = "seconds of silence after which a process counts as dead"
     parser.add_argument("--heartbeat-timeout", type=int, default=20, help=silence)
     parser.add_argument("--cpu-devices", type=int, help="virtual devices of each process")
@@ -190,8 +190,8 @@ def main():
     try:
         run(args)
     except Exception:
-        # At once: on a normal exit, JAX waits for the other processes, which wait for this one
-        # in the next update.
+        # Exit at once: on a normal exit, JAX waits for the other processes, and these wait for
+        # this one in the next update.
         traceback.print_exc()
         os._exit(1)
 

@@ -1,7 +1,7 @@
-"""The figure of docs/first_steps.md: what a good training looks like, and two bad ones.
+"""Draws the figure of docs/first_steps.md: one good training run, and two bad ones.
 
-An emulator of the heat equation in implicit Euler steps, trained without data. One bad run has
-a wrong sign in the residual, the other a learning rate that is too large.
+Each run trains an emulator of the heat equation in implicit Euler steps, without data. One bad
+run has a wrong sign in the residual, the other a learning rate that is too large.
 
     python examples/first_steps.py             trains for seconds, writes assets/first_steps.png
     python examples/first_steps.py --quick     the same with fewer updates
@@ -39,7 +39,7 @@ def emulate(params, u):
 
 
 def train(key, residuum_fn, learning_rate, num_updates):
-    """The parameters, and the history of the loss."""
+    """Returns the parameters, and the history of the loss."""
     init_key, updates_key = jax.random.split(key)
     params = {"in": 0.2 * jax.random.normal(init_key, (64, POINTS))}
     params["out"] = jnp.zeros((POINTS, 64))

@@ -5,9 +5,9 @@ feed and kill rates: a problem that does not train at the first attempt.
     ∂v/∂t = 0.08 ∇²v + uv² − (feed + kill) v,   (x, y) periodic, with a mesh width of 1
 
 The residual is that of one Euler step, implicit in the diffusion and explicit in the reaction.
-What makes it train (docs/your_own_problem.md): scaled fields and residuals, an emulator that
-starts as the identity, small batches, and above all a replay buffer, so that it learns from
-patterns it has grown itself. Preconditioning and bilinearity cost nothing and gain little.
+Training needs scaled fields and residuals, an emulator that starts as the identity, small
+batches, and above all a replay buffer, so that the emulator learns from patterns it has grown
+itself (docs/your_own_problem.md). Preconditioning and bilinearity cost nothing and gain little.
 
     python examples/gray_scott.py             trains and writes assets/gray_scott.png
     python examples/gray_scott.py --quick     the same in seconds, to see that it runs
@@ -38,7 +38,7 @@ FIELDS = {"u and v": slice(0, 2), "u": slice(0, 1), "v": slice(1, 2)}  # for the
 
 
 class State(NamedTuple):
-    """Two fields, and the rates of this sample, which both emulator and residual need."""
+    """Holds two fields, and the rates of this sample, which both emulator and residual need."""
 
     fields: jax.Array  # u and v, [2, NUM_POINTS, NUM_POINTS]
     rates: jax.Array  # feed and kill, [2]
@@ -62,23 +62,23 @@ def reaction(state):
 
 
 def imex_euler(u_next, u_prev):
-    """Zero, for each field, if `u_next` is one step of length `DT` after `u_prev`."""
+    """Zero for each field if `u_next` is one step of length `DT` after `u_prev`."""
     slope = DIFFUSIVITY * laplacian(u_next.fields) + reaction(u_prev)
     return u_next.fields - u_prev.fields - DT * slope
 
 
 def invert_diffusion(fields):
-    """(1 − DT · DIFFUSIVITY · ∇²)⁻¹ of fields `[2, NUM_POINTS, NUM_POINTS]`."""
+    """Applies (1 − DT · DIFFUSIVITY · ∇²)⁻¹ to fields `[2, NUM_POINTS, NUM_POINTS]`."""
     return jnp.fft.irfft2(jnp.fft.rfft2(fields) / (1 - DT * DIFFUSIVITY * LAPLACIAN))
 
 
 def solver(state):
-    """The state after one step. Only the evaluation uses it."""
+    """Returns the state after one step. Only the evaluation uses this solver."""
     return State(invert_diffusion(state.fields + DT * reaction(state)), state.rates)
 
 
 def random_states(key, num_samples):
-    """Initial conditions from which patterns grow: u = 1 and v = 0, except for twelve spots."""
+    """Draws initial conditions that grow patterns: u = 1 and v = 0, except in twelve spots."""
     keys = jax.random.split(key, 4)
     centre = jax.random.uniform(keys[0], (num_samples, 12, 2, 1), maxval=NUM_POINTS)
     width = jax.random.uniform(keys[1], (num_samples, 12, 1, 1), minval=2, maxval=4)
@@ -94,19 +94,19 @@ def random_states(key, num_samples):
 # The emulator
 #
 
-# Measured once: mean and standard deviation of u and v in patterns, and what one step changes.
+# Measured once: mean and standard deviation of u and v in patterns, RMS change in one step.
 FIELD_MEAN = np.array([0.75, 0.10])[:, None, None]
 FIELD_SIZE = np.array([0.25, 0.13])[:, None, None]
 CHANGE_SIZE = np.array([2e-3, 1.5e-3])[:, None, None]
 
 
 def scaled_residual(u_next, u_prev):
-    """Preconditioned, and with a mean square of about 1 for persistence, `u_next = u_prev`."""
+    """The preconditioned residual. Its mean square is about 1 if nothing changes."""
     return invert_diffusion(imex_euler(u_next, u_prev)) / CHANGE_SIZE
 
 
 class Emulator(eqx.Module):
-    """Advances a `State` by one time step; before training, leaves it as it is."""
+    """Advances a `State` by one time step. Before training, it leaves the state unchanged."""
 
     network: common.ConvNet
 
@@ -124,7 +124,7 @@ class Emulator(eqx.Module):
 
 def make_training(stepper, key, *, num_updates, learning_rate=1e-2, residuum_fn=scaled_residual,
                   buffer_size=64, batch_size=4, fresh_share=0.01, **options):  # fmt: skip
-    """The carry (stepper, optimizer, replay buffer) and `update: carry, key -> carry, loss`."""
+    """Returns (stepper, optimizer, replay buffer) and `update: carry, key -> carry, loss`."""
     schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     opt_state = optimizer.init(eqx.filter(stepper, eqx.is_array))
@@ -154,15 +154,15 @@ def make_training(stepper, key, *, num_updates, learning_rate=1e-2, residuum_fn=
 
 
 def evaluation_states(key, num_samples):
-    """Unseen initial conditions with unseen rates, and the patterns that grow from them."""
+    """Returns unseen initial conditions with unseen rates, and the patterns grown from them."""
     seeds = random_states(key, num_samples)
     grow = lambda state: jax.lax.fori_loop(0, TRANSIENT_STEPS, lambda _, s: solver(s), state)
     return {"seeds": seeds, "patterns": jax.jit(jax.vmap(grow))(seeds)}
 
 
 def evaluate(stepper, states):
-    """Fields `{name: [sample, time, 2, NUM_POINTS, NUM_POINTS]}` of solver, persistence and
-    emulator, and the nRMSE of the latter two, `{"field, name": [time]}`."""
+    """Returns the fields of solver, persistence and emulator, `{name: [sample, time, 2, x,
+    y]}`, and the nRMSE of persistence and of the emulator, `{"field, name": [time]}`."""
     steppers = {"solver": solver, "persistence": lambda state: state, "emulator": stepper}
     u = {name: common.rollout(f, states, TEST_STEPS).fields for name, f in steppers.items()}
     errors = {}

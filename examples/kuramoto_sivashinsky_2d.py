@@ -6,8 +6,8 @@ by truncated backpropagation through time (`Cuts(bptt=k)`) and rematerialisation
 
 This is the form that exponax solves; others use the biharmonic operator. Fourth derivatives
 would dominate the residual, so it is preconditioned: the linear part of a time step is inverted
-in Fourier space. Without any data, each rollout continues from the final states of the previous
-one.
+in Fourier space. Training uses no data. Each rollout continues from the final states of the
+previous one.
 
     python examples/kuramoto_sivashinsky_2d.py             trains and writes the figure
     python examples/kuramoto_sivashinsky_2d.py --quick     in seconds, to see that it runs
@@ -44,7 +44,7 @@ RESOLVED = np.maximum(np.abs(KX), KY) < 2 / 3 * K.max()  # 2/3 rule of dealiasin
 
 
 def time_derivative(u):
-    """The Fourier transform of ∂u/∂t of a state `[1, NUM_POINTS, NUM_POINTS]`."""
+    """Computes the Fourier transform of ∂u/∂t of a state `[1, NUM_POINTS, NUM_POINTS]`."""
     u_hat = jnp.fft.rfft2(u)
     u_x, u_y = (jnp.fft.irfft2(1j * k * RESOLVED * u_hat) for k in (KX, KY))
     return LINEAR * u_hat - 0.5 * RESOLVED * jnp.fft.rfft2(u_x**2 + u_y**2)
@@ -52,7 +52,8 @@ def time_derivative(u):
 
 def preconditioned_crank_nicolson(u_next, u_prev):
     """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. To first
-    order, this is the error of `u_next`, since the linear part of the step is inverted."""
+    order, this residual is the error of `u_next`, since the linear part of the step is
+    inverted."""
     slope = (time_derivative(u_next) + time_derivative(u_prev)) / 2
     residual = jnp.fft.rfft2(u_next - u_prev) - DT * slope
     return jnp.fft.irfft2(residual / (1 - DT / 2 * LINEAR))
@@ -64,7 +65,7 @@ def residual_loss(stepper, states, **options):
 
 
 def random_states(key, num_samples):
-    """Random waves `[num_samples, 1, NUM_POINTS, NUM_POINTS]` of about the right size."""
+    """Draws random waves `[num_samples, 1, NUM_POINTS, NUM_POINTS]` of a typical amplitude."""
     noise = jax.random.normal(key, (num_samples, 1, NUM_POINTS, NUM_POINTS))
     spectrum = np.exp(-((K_SQUARED / 0.8) ** 2)) * (K_SQUARED > 0)
     waves = jnp.fft.irfft2(spectrum * jnp.fft.rfft2(noise))
@@ -110,7 +111,7 @@ def train_emulator(stepper, *, num_updates, key, **options):
         stepper = eqx.apply_updates(stepper, updates)
         states = without_mean(aux.final_state)
         size = jnp.std(states, axis=(1, 2, 3))
-        lost = ~((size > 0.5) & (size < 10))  # or NaN
+        lost = ~((size > 0.5) & (size < 10))  # true for NaN as well
         choice_key, fresh_key = jax.random.split(key)
         fresh = random_states(fresh_key, BATCH_SIZE)
         states = replay(states, fresh, lost=lost, share=0.05, key=choice_key)
@@ -127,7 +128,7 @@ def train_emulator(stepper, *, num_updates, key, **options):
 
 
 def memory(stepper, **options):
-    """Temporary memory that one gradient takes, in bytes."""
+    """Returns the temporary memory of one gradient, in bytes."""
     states = random_states(jax.random.key(0), BATCH_SIZE)
     params, static = eqx.partition(stepper, eqx.is_array)
     loss = lambda params: residual_loss(eqx.combine(params, static), states, **options)
@@ -163,7 +164,7 @@ def main():
     stepper = Emulator(model_key)
     steps, k = args.rollout_steps, args.bptt
     lengths, cases = [steps, 100], [(False, False), (False, True), (k, False), (k, True)]
-    if args.quick:  # one program to compile rather than eight
+    if args.quick:  # compiles one program instead of eight
         lengths, cases = lengths[:1], cases[-1:]
     rows = {}
     for bptt, checkpoint in cases:
@@ -175,7 +176,7 @@ def main():
     options = dict(num_rollout_steps=steps, cuts=Cuts(bptt=k), checkpoint=True)
     stepper = train_emulator(stepper, num_updates=args.updates, key=train_key, **options)
 
-    # The solver is explicit where the equation is nonlinear, so it needs two substeps.
+    # The solver treats the nonlinear term explicitly, so it needs two substeps.
     substep = ex.stepper.KuramotoSivashinsky(2, DOMAIN_EXTENT, NUM_POINTS, DT / 2)
     solver = ex.RepeatedStepper(substep, 2)
     simulate = lambda step, u, num_steps: without_mean(common.rollout(step, u, num_steps))

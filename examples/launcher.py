@@ -1,9 +1,9 @@
 """Runs a program in several processes on this machine, and ends all of them if one dies.
 
-For programs whose processes need each other, such as those that `jax.distributed` joins. The
-program that calls `launch` is started again once for each process, with the same arguments and
-three more: `--launched`, `--coordinator HOST:PORT` and `--process-id I`. Each of these
-processes calls `end_with_launcher` first. This file needs the standard library only.
+It is made for programs whose processes need each other, such as those that `jax.distributed`
+joins. The program that calls `launch` is started again once for each process, with the same
+arguments and three more: `--launched`, `--coordinator HOST:PORT` and `--process-id I`. Each of
+these processes calls `end_with_launcher` first. This file needs only the standard library.
 """
 
 import os
@@ -16,13 +16,13 @@ import time
 
 
 def launch(num_processes):
-    """Starts the processes and waits for them. Once one of them fails, all others are killed.
-    Returns a message that says which ones have failed and how, or None if none has."""
+    """Starts the processes and waits for them. As soon as one fails, all others are killed.
+    Returns a message that says which processes failed and how, or None if none failed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, *sys.argv, "--launched", "--coordinator", coordinator]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of `finally`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` runs
     processes: list[subprocess.Popen] = []
     try:
         for i in range(num_processes):
@@ -46,9 +46,9 @@ def end_with_launcher():
     """Ends this process as soon as its launcher does, however the launcher ends."""
 
     def wait():
-        # The pipe from the launcher closes. `sys.stdin` would hold a lock here that the
-        # interpreter needs when it exits.
+        # This read ends when the pipe from the launcher closes. `sys.stdin` would hold a lock
+        # here that the interpreter needs when it exits.
         os.read(0, 1)
-        os._exit(1)  # even while the main thread waits for another process
+        os._exit(1)  # even if the main thread waits for another process
 
     threading.Thread(target=wait, daemon=True).start()

@@ -7,8 +7,8 @@ midpoint rule. Training starts from random states, and every update continues fr
 states of the previous one (`Rollout.final_state`), so the states settle on the attractor.
 Truncated backpropagation through time, `Cuts(bptt=True)`, makes the training reliable. If
 gradients cross the steps, the emulator may learn to run into a fixed point of the equation,
-where the residual is zero. `--no-cut` shows it for one of three seeds, and for seed 0 with
-`--rollout-steps 16` as well.
+where the residual is zero. With `--no-cut`, this happens for one of three seeds, and with
+`--rollout-steps 16` in addition, it also happens for seed 0.
 
 Chaotic trajectories cannot be compared for long. The example instead compares the attractor of
 the emulator with that of a Runge–Kutta solver: its moments and its Lyapunov exponent.
@@ -50,7 +50,8 @@ def implicit_midpoint(u_next, u_prev):
 
 
 def runge_kutta(u, num_substeps=4):
-    """The reference solver: one time step, as `num_substeps` of classical Runge–Kutta."""
+    """Takes one time step of the reference solver, as `num_substeps` of classical
+    Runge–Kutta."""
     dt = DT / num_substeps
     for _ in range(num_substeps):
         k1 = time_derivative(u)
@@ -83,7 +84,7 @@ def init_params(key, *, width=128, depth=3):
 
 
 def emulate(params, u):
-    """One time step of a state `[3]`."""
+    """Advances a state `[3]` by one time step."""
     hidden = (u - CENTER) / EXTENT
     *inner, last = params.values()
     for layer in inner:
@@ -110,7 +111,7 @@ def train_emulator(*, num_updates, num_rollout_steps, cuts, key):
         updates, opt_state = optimizer.update(grads, opt_state)
         params = optax.apply_updates(params, updates)
 
-        # Restart the states that left the region of interest, and 1 % of the others: the
+        # States that left the region of interest are replaced, and so is 1 % of the others: the
         # emulator has to remember the way from anywhere to the attractor.
         states = rollout.final_state
         escaped = diverged((states - CENTER) / EXTENT, bound=5)
@@ -130,8 +131,8 @@ def train_emulator(*, num_updates, num_rollout_steps, cuts, key):
 
 
 def attractor(stepper, num_steps, num_transient=1000):
-    """States `[num_steps, 3]` on the attractor, and the largest Lyapunov exponent there: the
-    mean rate at which a small perturbation grows, per unit of time."""
+    """Returns states `[num_steps, 3]` on the attractor, and the largest Lyapunov exponent
+    there, i.e., the mean rate at which a small perturbation grows, per unit of time."""
 
     def step(carry, _):
         u, perturbation = carry

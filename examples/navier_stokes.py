@@ -1,11 +1,11 @@
-"""Incompressible flow, a differential-algebraic equation: the pressure has no time derivative,
-and the velocity has a constraint.
+"""Trains an emulator of incompressible flow, a differential-algebraic equation: the pressure
+has no time derivative, and the velocity has a constraint.
 
 Pressure and velocity are fields of the state, and each equation is a field of the residual. The
 residual is that of one implicit–explicit step of the Navier–Stokes equations in a periodic
 square, with spectral derivatives. It does not read the pressure of the previous state, so the
-initial one may be anything. A projection method, which solves the same step, checks it. The
-pressure depends on the whole square, so the small network here learns it slowly.
+initial pressure may be anything. A projection method solves the same step and checks the
+residual. The pressure depends on the whole square, so the small network here learns it slowly.
 
     python examples/navier_stokes.py             checks the residual, trains for seconds
     python examples/navier_stokes.py --quick     the same with fewer updates
@@ -67,7 +67,7 @@ def navier_stokes_residuum(next, prev):
 
 
 def projection_step(state):
-    """The exact step: the pressure removes the divergence."""
+    """Takes the exact step, in which the pressure removes the divergence."""
     velocity = advected(state["velocity"])
     is_constant = MINUS_LAPLACIAN == 0
     inverse = jnp.where(is_constant, 0, 1 / jnp.where(is_constant, 1, MINUS_LAPLACIAN))
@@ -78,7 +78,7 @@ def projection_step(state):
 
 
 def random_flow(key):
-    """From a random stream function, so it is free of divergence."""
+    """Draws a flow from a random stream function, so that it is free of divergence."""
     noise = jnp.fft.rfft2(jax.random.normal(key, (SIZE, SIZE)))
     d_x, d_y = gradient(to_field(noise * jnp.exp(-MINUS_LAPLACIAN / 4)))
     velocity = jnp.stack([d_y, -d_x])

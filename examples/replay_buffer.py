@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 
 def sample(buffer, batch_size, key):
-    """Indices of random states of the buffer, drawn without replacement, and these states."""
+    """Draws random states from the buffer, without replacement. Returns their indices and the
+    states."""
     buffer_size = len(jax.tree.leaves(buffer)[0])
     samples = jax.random.choice(key, buffer_size, (batch_size,), replace=False)
     return samples, jax.tree.map(lambda x: x[samples], buffer)
@@ -23,15 +24,15 @@ def diverged(states, bound):
 
 
 def replay(final_state, fresh, *, lost, share, key):
-    """The states to continue from, leaves `[batch, ...]`: the final states of a rollout. States
-    that are `lost`, and a random `share` of the others, are replaced by fresh ones. The share
-    is a number, or one for each state."""
+    """Returns the states from which training continues, with leaves `[batch, ...]`. These are
+    the final states of a rollout, but fresh states replace the ones that are `lost` and a
+    random `share` of the others. The share is a number, or one number for each state."""
     anew = lost | (jax.random.uniform(key, lost.shape) < share)
     choose = lambda x, y: jnp.where(anew.reshape(-1, *[1] * (x.ndim - 1)), x, y)
     return jax.tree.map(choose, fresh, final_state)
 
 
 def put_back(buffer, samples, final_state, fresh, *, lost, share, key):
-    """The buffer with the states that `replay` returns in place of the `samples`."""
+    """Returns the buffer with the states that `replay` returns in place of the `samples`."""
     states = replay(final_state, fresh, lost=lost, share=share, key=key)
     return jax.tree.map(lambda x, y: x.at[samples].set(y), buffer, states)

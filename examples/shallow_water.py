@@ -2,11 +2,11 @@
 islands and an uneven bottom, under a wind that changes in time.
 
 *Walls*: residual and emulator multiply by the mask of the faces, so nothing flows through them.
-The emulator's η changes by fluxes through faces, so mass is conserved. *Depth and coast* are
+The emulator changes η by fluxes through faces, so it conserves mass. *Depth and coast* are
 leaves of the state that never change. *The wind* is passed as `inputs`, one series for each
-sample. *The residual* is that of a Hermite step, of fourth order in time but for the
-drag, from two states. Training needs no solver. The solvers only evaluate the emulator, in
-basins and winds that are unseen in training.
+sample. *The residual* is that of a Hermite step from two states, of fourth order in time except
+for the drag. Training needs no solver. The solvers only evaluate the emulator, in basins and
+winds that are unseen in training.
 
     python examples/shallow_water.py             trains and writes assets/shallow_water.png
     python examples/shallow_water.py --quick     the same in seconds, to see that it runs
@@ -32,7 +32,7 @@ REPORT_STEPS = (1, 10, 50, 100)
 
 
 def scaled_residual(u_next, u_prev, wind):
-    """With a mean square of about 1 for persistence, `u_next = u_prev`."""
+    """The scaled residual. Its mean square is about 1 if nothing changes, `u_next = u_prev`."""
     return basin.hermite(u_next, u_prev, wind) / basin.CHANGE_SIZE
 
 
@@ -43,8 +43,8 @@ def scaled_residual(u_next, u_prev, wind):
 
 class Emulator(eqx.Module):
     """Advances a `State` by one step. A network maps a residual to a correction of the fields:
-    first the residual of persistence, then what is left of it. It is linear in the residual,
-    like the inverse of the step that it has to learn. The basin enters through gates."""
+    first the residual of no change, then the remaining one. It is linear in the residual, like
+    the inverse of the step that it has to learn. The basin enters through gates."""
 
     basin_layers: list[eqx.nn.Conv2d]
     layers: list[eqx.nn.Conv2d]
@@ -52,7 +52,7 @@ class Emulator(eqx.Module):
 
     def __init__(self, key, *, width=16, depth=4, num_corrections=3):
         keys = jax.random.split(key, depth + 4)
-        conv = partial(eqx.nn.Conv2d, padding="SAME")  # with zeros, as outside of the basin
+        conv = partial(eqx.nn.Conv2d, padding="SAME")  # with zeros, as outside the basin
         gates = conv(16, depth * width, 1, key=keys[1])
         self.basin_layers = [conv(9, 16, 3, key=keys[0]), gates]
         layers = [conv(3, width, 3, key=keys[2], use_bias=False)]
@@ -73,7 +73,7 @@ class Emulator(eqx.Module):
         return state._replace(fields=u_next)
 
     def gates(self, state):
-        """`[depth, width, x, y]`, from all that the operator of the step depends on."""
+        """Computes gates `[depth, width, x, y]` from the quantities in the step's operator."""
         depths, shape = basin.face_depths(state.depth), state.mask.shape
         of_cells = jnp.stack([state.mask, 0.2 / state.depth, 5 * basin.coriolis(shape)])
         of_faces = [basin.open_faces(state.mask), depths, 20 * basin.drag(state.fields, depths)]
@@ -92,7 +92,7 @@ class Emulator(eqx.Module):
         faces, depths = basin.open_faces(state.mask), basin.face_depths(state.depth)
         u_and_v, fluxes = (faces * x for x in jnp.split(output, 2))
         u_and_v *= basin.CHANGE_SIZE[:2]
-        # η follows from continuity, and the network adds what the fourth order adds.
+        # η follows from continuity. The network adds the terms of fourth order.
         fluxes = basin.DT / 2 * depths * u_and_v + 0.1 * basin.CHANGE_SIZE[2] * fluxes
         eta = basin.inflow(*fluxes) - basin.CHANGE_SIZE[2, 0, 0] * residual[2]
         return jnp.concatenate([u_and_v, eta[None]])
@@ -105,8 +105,8 @@ class Emulator(eqx.Module):
 
 def make_training(stepper, key, num_updates, *, residuum_fn=scaled_residual,
                   num_rollout_steps=1, fresh_share=0.01, **options):  # fmt: skip
-    """The carry (arrays of the stepper, optimizer, replay buffer) and `updates: carry, keys ->
-    carry, loss`. The buffer holds the amplitudes of the winds beside the states."""
+    """Returns (arrays of the stepper, optimizer, replay buffer) and `updates: carry, keys ->
+    carry, loss`. Besides the states, the buffer holds the amplitudes of the winds."""
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_updates // 20, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     optimizer = optax.apply_if_finite(optimizer, num_updates)  # skips bad updates
@@ -150,7 +150,7 @@ def make_training(stepper, key, num_updates, *, residuum_fn=scaled_residual,
 
 
 def train_emulator(seed, num_updates, *, make_emulator=Emulator, **options):
-    """A trained emulator, and the seconds that its training took."""
+    """Returns a trained emulator, and the training time in seconds."""
     keys = jax.random.split(jax.random.key(seed), 3)
     emulator = make_emulator(keys[0])
     carry, updates = make_training(emulator, keys[1], num_updates, **options)

@@ -1,12 +1,12 @@
 """Trains the Burgers emulator of burgers.py with data and without, and compares the two.
 
-The network, the number of updates and the number of rollout steps are the same. One emulator
-is trained on the residual, which needs initial conditions only. The other is trained with
-supervision, by trainax, on trajectories that the solver of exponax has made beforehand.
+The network, the number of updates and the rollout length are the same. One emulator is trained
+on the residual, which needs initial conditions only. The other is trained with supervision, by
+trainax, on trajectories that the solver of exponax has made beforehand.
 
-The same solver evaluates both, which favours supervision: the residual teaches the
-Crank–Nicolson step, whose discretisation error in time differs from the solver's. The table
-and the figure also show that step, which is the best that training on the residual can reach.
+The same solver evaluates both emulators, which favours supervision: the residual teaches the
+Crank–Nicolson step, whose discretisation error in time differs from the solver's. The table and
+the figure also show that step, which is the best that training on the residual can reach.
 
     python examples/supervised.py             trains and writes assets/supervised.png
     python examples/supervised.py --quick     the same in seconds, to see that it runs
@@ -45,7 +45,7 @@ from residuum import residuum_loss
 
 
 def newton_step(u_prev):
-    """Solves the Crank–Nicolson step for `u_next`, which training does not need."""
+    """Solves the Crank–Nicolson step for `u_next`. Training does not need this solver."""
 
     def iterate(u_next, _):
         jacobian = jax.jacfwd(crank_nicolson)(u_next, u_prev).reshape(NUM_POINTS, NUM_POINTS)
@@ -56,7 +56,7 @@ def newton_step(u_prev):
 
 
 def make_data(states, num_steps):
-    """Trajectories `[batch, num_steps + 1, 1, NUM_POINTS]` of the solver."""
+    """Returns trajectories `[batch, num_steps + 1, 1, NUM_POINTS]` of the solver."""
     trajectory = jax.vmap(ex.rollout(reference_solver(), num_steps, include_init=True))
     compiled = jax.jit(trajectory).lower(states).compile()
     start = time.perf_counter()

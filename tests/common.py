@@ -20,12 +20,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Slow tests
 #
 
-# Slower variants, at length: `-m "not slow"` leaves them out.
+# These tests are slower variants of other tests. `-m "not slow"` leaves them out.
 slow = pytest.mark.slow
 
 
 def also_slow(*values, slowly):
-    """Parameters of a test, the last ones of which are left out by `-m "not slow"`."""
+    """Returns parameters for a test. The last ones are slow variants, which `-m "not slow"`
+    leaves out."""
     return [*values, *(pytest.param(value, marks=slow) for value in slowly)]
 
 
@@ -33,10 +34,10 @@ def also_slow(*values, slowly):
 # Meshes
 #
 
-# With one accelerator, the CPU's virtual devices make up the mesh.
+# With a single accelerator, the mesh consists of the CPU's virtual devices.
 MESH_DEVICES = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
 
-# They exist before, but do not go through `vmap` of a loop.
+# Older versions of JAX have explicit axes too, but cannot `vmap` a loop over them.
 needs_explicit_axes = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="needs a newer JAX"
 )
@@ -56,14 +57,15 @@ def shard(mesh, spec, tree):
 
 
 def vary(tree, axis="batch"):
-    """Inside a `jax.shard_map`: the same, but typed as different on each device."""
+    """Returns the same arrays inside a `jax.shard_map`, but typed as varying over the
+    devices."""
     if hasattr(jax.lax, "pcast"):
         return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
     return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)  # before JAX 0.8
 
 
 #
-# Programs: of JAX, and of the project
+# Programs of JAX and of this project
 #
 
 
@@ -78,7 +80,7 @@ def config(name, value):
 
 
 def equations(jaxpr):
-    """All of a jaxpr, those of inner jaxprs included."""
+    """Returns all equations of a jaxpr, including those of its inner jaxprs."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(
@@ -90,12 +92,12 @@ def equations(jaxpr):
 
 
 def primitives(jaxpr):
-    """Names of all primitives in a jaxpr, those of inner jaxprs included."""
+    """Returns the names of all primitives in a jaxpr, including those of its inner jaxprs."""
     return (eqn.primitive.name for eqn in equations(jaxpr))
 
 
 def network_problem(name):
-    """Params, data and a stepper `(params, u) -> u_next` in float32."""
+    """Returns params, data and a stepper `(params, u) -> u_next`, all in float32."""
     keys = jax.random.split(jax.random.key(0), 4)
     if name == "mlp":
         shapes, num_points = [(64, 64), (64, 64)], 64
@@ -117,20 +119,22 @@ def network_problem(name):
 
 
 def program_environment(*folders):
-    """For a Python program that imports from the root of the project and from the folders."""
+    """Returns the environment for a Python program that imports from the root of the project
+    and from these folders."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *folders)))}
     environment |= {"MPLBACKEND": "agg", "JAX_THREEFRY_PARTITIONABLE": "1"}  # as since JAX 0.5
-    environment.pop("XLA_FLAGS", None)  # with this process' number of virtual devices
+    environment.pop("XLA_FLAGS", None)  # it holds the number of virtual devices of this process
     return environment
 
 
 def run_program(path, *arguments, cwd):
-    """What a program of the project prints, in a process and a JAX of its own."""
+    """Runs a program of this project in a separate process, with a fresh JAX, and returns its
+    output."""
     return run_python(str(ROOT / path), *arguments, cwd=cwd)
 
 
 def run_module(name, *arguments, cwd):
-    """The same for `python -m name`."""
+    """Runs `python -m name` in a separate process, with a fresh JAX, and returns its output."""
     return run_python("-m", name, *arguments, cwd=cwd)
 
 

@@ -1,4 +1,4 @@
-"""What all tests of this folder need: JAX's settings, and a reason for each skip."""
+"""Sets up JAX for all tests of this folder, and demands a reason for each skip."""
 
 import re
 
@@ -10,14 +10,14 @@ pytest.register_assert_rewrite("test_residuum", "tests.common")
 import test_residuum  # noqa: E402
 
 
-for name, value in test_residuum.SETTINGS.items():  # before a test file computes anything
+for name, value in test_residuum.SETTINGS.items():  # before any test file computes anything
     jax.config.update(name, value)
 
 EXPLAINED = re.compile("needs (a newer JAX|a compiler)|annotations that are checked say no")
 
 
 def pytest_sessionfinish(session):
-    """A skip that is not explained is a failure."""
+    """Makes a skip without an explanation a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     reasons = {str(report.longrepr) for report in skipped}

@@ -1,5 +1,5 @@
-"""Any state, any batch, any length, any cut, any way to run the loop: the textbook loop's
-value and gradient."""
+"""Value and gradient equal those of the textbook loop for any state, batch, rollout length and
+cut, and for any way of running the loop."""
 
 import functools
 
@@ -31,8 +31,10 @@ def test_unroll_that_does_not_divide_equals_the_textbook_loop(bptt):
 @pytest.mark.parametrize("every", also_slow(3, slowly=[1, 2, 4, 7, 9]))
 @pytest.mark.parametrize("bptt", also_slow(False, slowly=[True, 3, 6]))
 def test_every_kth_state_stored_equals_the_textbook_loop(bptt, every):
-    """Whether `every` divides the 7 steps, or a segment, or is longer; in a loop, in straight
-    code, with blocks in a loop of unrolled code, with several blocks an iteration."""
+    """Storing every `every`-th state changes no value and no gradient, whether or not `every`
+    divides the seven steps or the segment, and if it exceeds them. The steps run in a loop, in
+    unrolled code, in blocks that are loops of unrolled code, and with several blocks per
+    iteration."""
     f = functools.partial(value_and_grad, num_rollout_steps=7, cuts=Cuts(bptt, next=MASK))
     extra = [dict(checkpoint=every, unroll=unroll) for unroll in (1, True, every, 2 * every)]
     assert_as_textbook(f, problem(7), extra=extra)
@@ -40,7 +42,7 @@ def test_every_kth_state_stored_equals_the_textbook_loop(bptt, every):
 
 @st.composite
 def rollouts(draw):
-    """A state of any tree and shapes, and valid options."""
+    """Draws a state with any tree and any shapes, and valid options."""
     shapes = st.lists(st.integers(1, 3), max_size=3).map(tuple)
     tree = draw(
         st.recursive(

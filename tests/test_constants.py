@@ -1,5 +1,5 @@
-"""A leaf of the state that the stepper returns as it received it is a constant of the loop: it
-is not stored for any step, and its gradients are those of the textbook loop."""
+"""A leaf of the state that the stepper returns unchanged is a constant of the loop: it is not
+stored for every step, and its gradients are those of the textbook loop."""
 
 import functools
 
@@ -14,13 +14,14 @@ from tests.common import also_slow, slow
 
 
 #
-# A state with constants of every kind: floats, complex numbers, integers, bools, keys
+# A state with constants of every kind: floats, complex numbers, integers, bools and keys
 #
 
 
 def constant_problem(num_rollout_steps, batch=2):
-    """The differentiable arguments: scale, data, weights, where data has leaves that move and
-    leaves that stay; and the labels, which are more of the latter without a derivative."""
+    """Returns the differentiable arguments and the labels. The arguments are the scale, the
+    data and the weights, and some leaves of the data move while others stay constant. The
+    labels are further constant leaves, which have no derivative."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
     data = {
@@ -44,7 +45,7 @@ def constant_loss(loss_fn, scale, data, weights, labels, **options):
         return {**state, "u": jnp.where(state["is_wet"], u, state["phase"].real * state["u"])}
 
     def residuum_fn(u_next, u_prev):
-        # `prev` cuts one of the two reads of the same leaf, and `next` the other.
+        # `prev` cuts one of the two reads of a constant leaf, and `next` cuts the other.
         field = u_next["coefficient"] ** 2 + scale * u_prev["coefficient"]
         return u_next["u"] - field * u_prev["u"] ** 2, u_next["phase"] * u_prev["u"]
 
@@ -57,7 +58,7 @@ def value_and_grad(loss_fn, args, **options):
     return jax.value_and_grad(f, argnums=(0, 1, 2))(*args)
 
 
-ROWS = [  # prev, next, and options that change the program only
+ROWS = [  # prev, next, and options that do not change the result
     (False, False, {}),
     (MASK[:4], np.array(True), {"checkpoint": True}),
     (False, True, {"checkpoint": 2}),
@@ -119,15 +120,15 @@ def test_second_derivatives_of_constants_equal_the_textbook_loop(bptt, extra):
     assert_as_textbook(derivatives, variables, extra=extra)
 
 
-STEPPERS = {  # of three leaves, all of one shape
+STEPPERS = {  # the state has three leaves of the same shape
     "one stays": lambda w, u, a, b: (jnp.sin(w * u + a * b), a, jnp.cos(b + u)),
-    # These are outputs of the step that are inputs, but in another place.
+    # The outputs of these steppers are inputs, but in another position.
     "two swap places": lambda w, u, a, b: (jnp.sin(w * u + a * b), b, a),
     "three swap places": lambda w, u, a, b: (a, b, u),
     "one twice": lambda w, u, a, b: (jnp.sin(w * u + a * b), a, a),
     "one follows another": lambda w, u, a, b: (jnp.sin(w * u + b), u, b),
     "all stay": lambda w, u, a, b: (u, a, b),
-    # Not a constant, although it does not change.
+    # This leaf is no constant, although its value does not change.
     "one is copied": lambda w, u, a, b: (jnp.sin(w * u + a * b), a * 1, b + 0),
 }
 FEW = ["two swap places", "one twice"]
@@ -174,10 +175,10 @@ STATE, FIELD, NUM_STEPS = 32, 2048, 100
 
 
 def temporaries(options, *, wrt, field_stays=True):
-    """Bytes of temporary memory of the compiled value and gradient."""
+    """Returns the temporary memory, in bytes, of the compiled value and gradient."""
 
     def stepper(scale, state):
-        # Reads all of the field, so that no part of it can be left out.
+        # This stepper reads the whole field, so that no part of the field can be left out.
         field = state["field"]
         u = jnp.tanh(scale * state["u"] + jnp.mean(field.reshape(-1, STATE), 0))
         return {"u": u, "field": field if field_stays else field * 0.999}
@@ -207,9 +208,9 @@ def temporaries(options, *, wrt, field_stays=True):
     ids=str,
 )
 def test_a_constant_is_not_stored_for_any_step(options, num_states, wrt):
-    """One copy for the field that is read, and one for its gradient."""
-    levels = 4 * NUM_STEPS  # losses, weights, and what comes back for them
+    """Memory holds one copy of a constant field for reading, and one copy for its gradient."""
+    levels = 4 * NUM_STEPS  # losses, weights, and their cotangents
     bound = 4 * (num_states * STATE + 2 * FIELD + levels)
     assert temporaries(options, wrt=wrt) <= bound
-    # Were it stored as the rest of the state is:
+    # The field would take this much memory if it were stored like the rest of the state.
     assert temporaries(options, wrt=wrt, field_stays=False) > 4 * num_states * FIELD

@@ -1,5 +1,6 @@
-"""The cost, as far as it is deterministic: loops where they save compile time and none where
-they cost run time, what JAX traces, what the compiler allocates."""
+"""The deterministic part of the cost: there are loops where they save compile time and none
+where they cost run time, JAX traces each function once, and the compiler allocates as much
+memory as the documentation says."""
 
 import collections
 import functools
@@ -16,7 +17,7 @@ from tests.common import also_slow, network_problem, primitives
 
 
 def program(num_rollout_steps, transform=jax.value_and_grad, **options):
-    """Primitives of the loss and its gradient."""
+    """Returns the names of all primitives in the program of the loss and its gradient."""
     params, data, _, coefficient = problem(num_rollout_steps)
 
     def loss(params):
@@ -62,11 +63,12 @@ def test_program_size_does_not_grow_with_the_rollout(bptt, options):
 
 def test_every_kth_state_computes_three_times_what_would_be_stored():
     count = lambda **options: program(8, checkpoint=2, **options).count("tanh")
-    # The step; the step in the block that is computed again; the step computed again there.
+    # A step is computed in the forward pass, again when its block is recomputed, and a third
+    # time when the step itself is rematerialised there.
     assert count() == 3 * program(8).count("tanh")
-    assert program(4, checkpoint=2).count("tanh") == count()  # also of two blocks only
+    assert program(4, checkpoint=2).count("tanh") == count()  # the same with two blocks only
     assert count(cuts=Cuts(1)) == program(8, cuts=Cuts(1)).count("tanh")
-    # A last block by itself is computed as any rollout with `checkpoint=True`.
+    # A rollout of a single block is computed like any rollout with `checkpoint=True`.
     assert program(9, checkpoint=2).count("tanh") == 5 * program(8).count("tanh")
     assert program(8, checkpoint=3).count("tanh") == 5 * program(8).count("tanh")
     assert program(8, checkpoint=8) == program(8, checkpoint=50) == program(8, checkpoint=True)
@@ -80,24 +82,26 @@ def test_checkpoint_computes_twice_only_what_would_be_stored(unroll):
 
     for bptt in (False, 2):
         assert count(bptt, True) == 2 * count(bptt, False)
-    # The backward pass of a segment of one step follows at once.
+    # With segments of one step, the backward pass follows immediately.
     for bptt in (1, True):
         assert count(bptt, True) == count(bptt, False)
 
 
 def test_a_rollout_of_one_step_is_rematerialised_too():
-    """It may be one of many in a loop of the user's."""
+    """A one-step rollout is rematerialised as well, since it may be one of many in a loop of
+    the user's."""
     assert program(1, checkpoint=True).count("tanh") == 2 * program(1).count("tanh")
 
 
 PROTECTED = [
-    # checkpoint, unroll, whether anything is rematerialised in unrolled code
+    # The columns are checkpoint, unroll, and whether anything is rematerialised in unrolled
+    # code.
     (True, 1, False),
     (True, True, True),
     (3, 1, False),
-    (3, 3, True),  # the blocks are a loop, the steps of one are unrolled code
+    (3, 3, True),  # the blocks are a loop, and the steps of a block are unrolled
     (3, True, True),
-    (4, 1, True),  # a block of four, one of two: two loops in unrolled code
+    (4, 1, True),  # a block of four and a block of two: two loops in unrolled code
 ]
 
 
@@ -147,7 +151,8 @@ def test_the_users_functions_are_traced_once(bptt, options):
 
 
 def num_traced(loss):
-    """How often JAX looks at a matrix product while it traces value and gradient."""
+    """Counts how often JAX looks at a matrix product while it traces the value and the
+    gradient."""
     calls, original = 0, jax.lax.dot_general_p.abstract_eval
 
     def abstract_eval(*args, **params):
@@ -183,7 +188,8 @@ def test_unroll_is_steps_per_iteration():
         return names.count("tanh")
 
     assert [count(u, False) for u in (1, 12, True)] == [1, 12, 12]
-    # Of the steps of a segment or block, and of these once all of their steps are unrolled.
+    # `unroll` counts the steps of a segment or block. Only `True` also unrolls the loop over
+    # segments or blocks.
     assert [count(u, 3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
     assert [count(u, False, checkpoint=3) for u in (1, 3, 6, True)] == [1, 3, 3, 12]
 
@@ -200,7 +206,7 @@ def test_unroll_false_is_one_step_per_iteration():
 def temporaries(
     name, num_rollout_steps, *, loss_fn=residuum_loss, wrt=0, compiler_options=None, **options
 ):
-    """Bytes of temporary memory of the compiled value and gradient."""
+    """Returns the temporary memory, in bytes, of the compiled value and gradient."""
     params, data, stepper = network_problem(name)
 
     def loss(params, data):
@@ -240,7 +246,7 @@ def test_memory_of_a_truncated_rollout_is_that_of_one_segment(name, bptt):
     params, _, _ = network_problem(name)
     streamed = temporaries(name, 1000, cuts=Cuts(bptt))
     assert streamed <= 1.5 * (one_segment + num_bytes(params))
-    # An ordinary scan needs this much for the states alone.
+    # An ordinary scan needs this much memory for the states alone.
     assert temporaries(name, 1000, cuts=Cuts(np.ones(1000, bool))) > 20 * streamed / bptt
 
 
@@ -267,9 +273,9 @@ def test_every_kth_state_is_stored_and_those_of_one_block(name, every):
     params, data, _ = network_problem(name)
     activations = temporaries(name, 2, checkpoint=True)
     actual = temporaries(name, num_steps, checkpoint=every)
-    levels = 4 * 4 * num_steps  # losses and weights, and what comes back for them
+    levels = 4 * 4 * num_steps  # losses, weights, and their cotangents
     num_states = num_steps / every + every + 2
-    rest = num_steps % every  # which is a loop of its own, with its own sum of the gradient
+    rest = num_steps % every  # the rest is a loop of its own, with its own sum of the gradient
     num_states += rest
     sums = num_bytes(params) * (2 if rest else 1)
     assert actual <= activations + num_states * num_bytes(data) + sums + levels
@@ -285,8 +291,9 @@ def test_every_kth_state_within_segments():
 @pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="needs a newer JAX")
 @pytest.mark.parametrize("checkpoint", also_slow(True, slowly=[5]))
 def test_checkpoint_in_straight_code_stores_states_only(checkpoint):
-    """Before JAX 0.11.1, XLA removed the barriers on a CPU before it looked for common
-    subexpressions, and has to be told to leave them, as the documentation says."""
+    """In unrolled code, `checkpoint` stores states only. Before JAX 0.11.1, XLA removed the
+    barriers on a CPU before it looked for common subexpressions. It has to be told not to, as
+    the documentation says."""
     straight = functools.partial(temporaries, "conv", 20, unroll=True)
     barriers_stay = {"xla_disable_hlo_passes": "cse_barrier_expander"}
     stored, again = straight(), straight(checkpoint=checkpoint)
@@ -299,7 +306,7 @@ def test_checkpoint_in_straight_code_stores_states_only(checkpoint):
 
 @pytest.mark.parametrize("bptt", also_slow(2, slowly=[False, 1]))
 def test_unrolled_it_needs_no_more_memory_than_trainax(bptt):
-    import trainax  # without which the other tests of this file run as well
+    import trainax  # imported here, since the other tests of this file do not need it
 
     def trainax_loss(stepper, data, residuum_fn, *, num_rollout_steps):
         configuration = trainax.configuration.Residuum(
@@ -340,7 +347,8 @@ def test_nothing_of_the_gradient_is_computed_for_the_value():
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True, "unroll": True}], ids=str)
 def test_a_cut_beyond_the_last_step_changes_nothing(options):
-    """Nor does it let XLA undo rematerialisation in unrolled code."""
+    """A cut after the last step, or later, changes nothing. In particular, it does not let XLA
+    undo the rematerialisation in unrolled code."""
 
     def text(bptt):
         params, data, stepper = network_problem("mlp")
@@ -356,7 +364,7 @@ def test_a_cut_beyond_the_last_step_changes_nothing(options):
 
 
 def outer_loop(name, f, chunks):
-    """The sum of `f` over chunks, by a loop of JAX."""
+    """Sums `f` over chunks, in a JAX loop."""
     if name == "map":
         return jnp.sum(jax.lax.map(f, chunks))
     if name == "scan":
@@ -370,8 +378,8 @@ def outer_loop(name, f, chunks):
 @pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
 @pytest.mark.parametrize("name", also_slow("map", slowly=["scan", "fori_loop"]))
 def test_memory_inside_a_loop_that_is_differentiated_from_outside(name, bptt, prev):
-    """JAX moves out of the loop what depends on its constants alone: here the weights of the
-    time levels, but not the cotangents that begin with them."""
+    """JAX moves whatever depends only on a loop's constants out of the loop. Here these are the
+    weights of the time levels, but not the cotangents that begin with the weights."""
     params, data, stepper = network_problem("mlp")
     chunks = jnp.broadcast_to(data, (3, *data.shape))
 
@@ -388,13 +396,14 @@ def test_memory_inside_a_loop_that_is_differentiated_from_outside(name, bptt, pr
         compiled = jax.jit(jax.grad(f)).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # The weights and masks themselves; a cotangent is 512 times as large.
+    # This is the size of the weights and masks themselves. A cotangent is 512 times as large.
     assert size(220) - size(20) <= 2 * 200 * 4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, bool])
 def test_what_depends_on_inputs_alone_stays_in_a_loop_that_is_differentiated(dtype):
-    """Of the inputs themselves, there is one more copy; what is made of them is much larger."""
+    """A loop that is differentiated takes one more copy of the inputs, but none of what the
+    stepper computes from the inputs, which is much larger."""
     params, data, stepper = network_problem("mlp")
     chunks = jnp.broadcast_to(data, (3, *data.shape))
     pattern = jnp.linspace(1, 2, 64, dtype=jnp.float32)
@@ -411,11 +420,12 @@ def test_what_depends_on_inputs_alone_stays_in_a_loop_that_is_differentiated(dty
         compiled = jax.jit(jax.grad(f)).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert size(220) - size(20) <= 4 * 200 * 8 * 4  # a field for each would be 64 times as much
+    assert size(220) - size(20) <= 4 * 200 * 8 * 4  # 64 times as much for fields
 
 
 def test_forward_mode_without_a_cut_stores_no_step():
-    """The rule, which takes a gradient, would store them all."""
+    """In forward mode, a rollout without a cut stores no step. The derivative rule of cut
+    rollouts takes a gradient, and would store all steps."""
 
     def size(num_rollout_steps):
         params, data, stepper = network_problem("mlp")
@@ -428,7 +438,7 @@ def test_forward_mode_without_a_cut_stores_no_step():
         derivative = jax.jit(lambda v: jax.jvp(loss, (params,), (v,))[1])
         return derivative.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    # Of each step, the losses, the weights and their tangents; a state is 512 times as large.
+    # Each step adds its loss, its weight and their tangents. A state is 512 times as large.
     assert size(220) - size(20) <= 4 * 200 * 4
 
 
@@ -450,7 +460,7 @@ def test_memory_of_hessian_vector_products():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert size(200, "forward") == size(20, "forward")
-    # Of each segment, the state at its start and numbers of the levels.
+    # Each segment adds the state at its start, and the numbers of its time levels.
     assert size(200, "reverse") - size(20, "reverse") <= 180 * (8 * 64 * 4 + 64)
 
 
@@ -477,11 +487,12 @@ def test_every_kth_state_and_its_tangent_are_stored_for_hessian_vector_products(
 @pytest.mark.parametrize("transform", [lambda f: f, jax.value_and_grad], ids=["value", "grad"])
 @pytest.mark.parametrize("bptt", also_slow(1, slowly=[2, 8]))
 def test_an_ensemble_shares_its_inputs(bptt, transform):
-    """One copy has the time in front of the batch."""
+    """The members of an ensemble share one copy of the inputs, in which time comes before the
+    batch."""
     num_steps, batch, size = 64, 4, 4096
     inputs = jax.ShapeDtypeStruct((batch, num_steps, size), jnp.float32)
 
-    def loss(scale, inputs):  # the inputs are large, and the state is not
+    def loss(scale, inputs):  # the inputs are large, and the state is small
         stepper = lambda u, f: jnp.tanh(scale * u + jnp.mean(f.reshape(-1, 16), 0))
         options = dict(num_rollout_steps=num_steps, inputs=inputs, cuts=Cuts(bptt))
         data = jnp.ones((batch, 1, 16), jnp.float32)

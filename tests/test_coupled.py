@@ -1,8 +1,9 @@
-"""Members of a `vmap` or of a mesh that exchange data: a halo exchange between devices, a mean
-over an ensemble. The loss of one member then depends on the arrays of the others, and all of
-its derivatives are those of the textbook loop.
+"""Members of a `vmap` or of a mesh may exchange data, as in a halo exchange between devices or
+a mean over an ensemble. The loss of one member then depends on the arrays of the others, and
+all of its derivatives are still those of the textbook loop.
 
-The axis is bound outside of the call. For the axis of the batch, see test_named_axis.py.
+The exchanging axis is bound outside of the call. test_named_axis.py tests the axis of the
+batch.
 """
 
 import functools
@@ -21,7 +22,7 @@ from tests.common import also_slow, MESH_DEVICES, needs_shard_map, slow, vary
 AXIS, NUM_MEMBERS = "members", len(MESH_DEVICES)
 TO_THE_RIGHT = [(i, (i + 1) % NUM_MEMBERS) for i in range(NUM_MEMBERS)]
 
-COLLECTIVES = {  # of a vector with one entry for each member
+COLLECTIVES = {  # each takes a vector with one entry per member
     "psum": lambda x: jax.lax.psum(x, AXIS),
     "pmean": lambda x: jax.lax.pmean(x, AXIS),
     "all_gather": lambda x: jax.lax.all_gather(x, AXIS)[jax.lax.axis_index(AXIS) - 1],
@@ -35,7 +36,7 @@ COLLECTIVES = {  # of a vector with one entry for each member
 
 
 def coupled_loss(loss_fn, collective, where, kernel, data, weights, **options):
-    """The loss of one member. It has all kinds of derivatives."""
+    """Returns the loss of one member, which has all kinds of derivatives."""
     exchanged = {place: lambda x: x for place in ("stepper", "residuum", "loss")}
     exchanged[where] = COLLECTIVES[collective]
 
@@ -53,7 +54,7 @@ def coupled_loss(loss_fn, collective, where, kernel, data, weights, **options):
 
 
 def members():
-    """The arguments of all members, along the first axis."""
+    """Returns the arguments of all members, stacked along the first axis."""
     normal = np.random.default_rng(0).normal
     shapes = (NUM_MEMBERS,), (2, 1, NUM_MEMBERS), (3,)
     return [jnp.asarray(normal(size=(NUM_MEMBERS, *shape))) for shape in shapes]
@@ -65,7 +66,8 @@ def losses_by_vmap(loss_fn, collective, where, **options):
 
 
 def reverse_mode(losses, *args):
-    """With cotangents that differ between members; and each loss by all kernels."""
+    """Returns the gradients under cotangents that differ between members, and the derivative of
+    each loss with respect to all kernels."""
     cotangents = jnp.arange(1.0, NUM_MEMBERS + 1)
     of_kernels = lambda kernels: losses(kernels, *args[1:])
     return jax.vjp(losses, *args)[1](cotangents), jax.jacrev(of_kernels)(args[0])
@@ -81,7 +83,7 @@ def second_derivatives(losses, *args):
 
 
 def assert_as_by_vmap(losses, derivatives, collective, where, cuts):
-    """All derivatives are those of the textbook loop under `vmap`."""
+    """Asserts that all derivatives are those of the textbook loop under `vmap`."""
     oracle = losses_by_vmap(textbook_loss, collective, where, cuts=cuts)
     both = jax.jit(lambda *args: [derivatives(f, *args) for f in (losses, oracle)])
     assert_close(*jax.device_get(both(*members())))
@@ -115,7 +117,7 @@ def test_second_derivatives_under_vmap(case, bptt):
 
 
 def on_a_mesh(collective, where, cuts, *, check_vma):
-    """The losses of all members, each on a device of its own."""
+    """Returns the losses of all members, each of which runs on its own device."""
 
     def one_member(*args):
         args = [x[0] for x in args]
@@ -149,7 +151,8 @@ def test_second_derivatives_of_a_shard_map(case, check_vma):
 @pytest.mark.parametrize("with_pcast", also_slow(True, slowly=[False]))
 @pytest.mark.parametrize("bptt", also_slow(1, slowly=[False, 2]))
 def test_derivatives_taken_inside_of_a_shard_map(bptt, with_pcast, check_vma):
-    """Also of parameters that are the same on all devices, where JAX sums over the mesh."""
+    """Derivatives taken inside a `shard_map` are exact. This includes parameters that are the
+    same on all devices, for which JAX sums the derivatives over the mesh."""
 
     def derivatives(loss_fn, kernel, data, weights):
         data, weights = data[0], weights[0]
@@ -186,7 +189,7 @@ def test_first_derivatives_of_a_pmap(bptt):
 
 @jax.custom_vjp
 def sum_of_cotangents(x):
-    """The identity, whose collective is in the backward pass alone."""
+    """Returns its argument. Its only collective is in the backward pass."""
     return x
 
 
@@ -218,9 +221,9 @@ def under_shard_map(loss):
 
 @pytest.mark.parametrize("bptt", [1, 2])
 def test_collectives_in_a_backward_pass(bptt):
-    """They are found as well. JAX cannot differentiate their custom rule under a `vmap` in the
-    way that they need, which is an error with a note, and no wrong number.
-    """
+    """The library also finds collectives that occur only in a backward pass. Under a `vmap`,
+    JAX cannot differentiate their custom rule in the way that they need. This raises an error
+    with a note, and never gives a wrong number."""
     mask = Cuts([(t + 1) % bptt == 0 for t in range(3)])
     expected = gradients_of_summed_cotangents(textbook_loss, under_vmap, mask)
     assert_close(gradients_of_summed_cotangents(residuum_loss, under_vmap, mask), expected)
@@ -233,7 +236,7 @@ def test_collectives_in_a_backward_pass(bptt):
 
 
 def test_both_names_at_once():
-    """A statistic of the batch, and one of the members."""
+    """A statistic over the batch and a statistic over the members work in one rollout."""
 
     def losses(loss_fn, kernels):
         def loss(kernel):
@@ -252,12 +255,12 @@ def test_both_names_at_once():
 
 
 #
-# What couples nothing keeps its memory
+# Rollouts without an exchange between members keep their memory
 #
 
 
 def memory_of_member(num_steps, stepper):
-    """Bytes of the value and gradient of a truncated rollout."""
+    """Returns the memory, in bytes, of the value and gradient of a truncated rollout."""
     state = jnp.ones((4, 1, 256), jnp.float32)
 
     def loss(scale):
@@ -272,7 +275,8 @@ def bytes_of(f, *args):
     return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-STEPPERS = {  # of a member, which knows its number; or in which devices work together
+# A member may know its index, or several devices may work together on the step of a member.
+STEPPERS = {
     "axis_index": lambda scale, u: jnp.tanh(scale * u + jax.lax.axis_index(AXIS)),
     "psum": lambda scale, u: jnp.tanh(scale * jax.lax.pmean(u, AXIS)),
 }
@@ -289,13 +293,14 @@ def test_only_an_exchange_stores_a_state_for_each_segment(name):
     one_state_per_segment = 200 * NUM_MEMBERS * 4 * 256 * 4
     if name == "axis_index":
         assert growth == 0
-    else:  # and some numbers for each segment
+    else:  # plus some numbers per segment
         assert 1 <= growth / one_state_per_segment < 1.1
 
 
 @needs_shard_map
 def test_an_exchange_within_the_stepper_is_none_between_members():
-    """The axis is bound by a `shard_map` inside of the call."""
+    """An exchange inside the stepper, over an axis bound by a `shard_map` inside the call, does
+    not couple members."""
     mesh = Mesh(np.array(MESH_DEVICES), (AXIS,))
 
     def smooth(u):

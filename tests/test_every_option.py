@@ -1,4 +1,5 @@
-"""The tests of test_residuum.py at length: with the parameters that it leaves out for time."""
+"""Runs the tests of test_residuum.py with all the parameters that it leaves out to save
+time."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""`jax.export` with symbolic sizes: one program for every batch, and for every grid."""
+"""With symbolic sizes, `jax.export` makes one program for every batch and every grid."""
 
 import itertools
 
@@ -19,7 +19,8 @@ OPTIONS = [*EXTRA, {"has_aux": True}, {"axis_name": "batch"}]
 
 
 def loss(loss_fn, w, data, forcing, weights, bptt, **options):
-    """Any size of the batch and of the grid: the network is a convolution."""
+    """Evaluates the loss for any batch size and any grid size, since the network is a
+    convolution."""
 
     def stepper(u, f):
         halo = jnp.concatenate([u[-1:], u, u[:1]])

@@ -1,5 +1,6 @@
-"""What each sample is given at a time level besides the states: a forcing, boundary values, a
-key. Every derivative is that of the textbook loop, also with respect to the inputs."""
+"""`inputs` give each sample something besides the state at each time level: a forcing, boundary
+values, a key. Every derivative equals that of the textbook loop, including those with respect
+to the inputs."""
 
 import functools
 import traceback
@@ -39,8 +40,9 @@ from tests.common import (
 
 
 def forced_problem(num_rollout_steps, *, batch=2, seed=0):
-    """The differentiable arguments: params, data, weights, forcing; and the labels, which are
-    the inputs without a derivative: integers, bools and keys."""
+    """Returns the differentiable arguments and the labels. The arguments are params, data,
+    weights and forcing. The labels are inputs without a derivative: integers, bools and
+    keys."""
     params, data, weights, _ = problem(num_rollout_steps, batch=batch, seed=seed)
     rng, shape = np.random.default_rng(seed + 1), (batch, num_rollout_steps)
     normal = lambda *more: jnp.asarray(rng.normal(size=(*shape, *more)))
@@ -49,15 +51,16 @@ def forced_problem(num_rollout_steps, *, batch=2, seed=0):
         "is_day": jnp.asarray(rng.integers(2, size=shape) == 0),
         "key": jax.random.split(jax.random.key(seed), shape),
     }
-    # Nested; the complex leaf has no axis besides batch and time.
+    # The tree is nested, and the complex leaf has no axes besides batch and time.
     return params, data, weights, {"f": normal(3), "walls": [normal() + 1j * normal()]}, labels
 
 
 def forced_loss(loss_fn, params, data, weights, forcing, labels, **options):
-    """`loss_fn`, either the oracle or the library, as a function of all of the above."""
+    """Evaluates `loss_fn`, either the oracle or the library, as a function of all of these
+    arguments."""
 
     def stepper(state, inputs_t):
-        noise = jax.random.key_data(inputs_t["key"])[-1] / 2**32  # any draw is slow to compile
+        noise = jax.random.key_data(inputs_t["key"])[-1] / 2**32  # a draw compiles slowly
         f = inputs_t["f"][inputs_t["order"]] + noise
         u = jnp.tanh(params["w"] @ state["u"] + state["v"][0] * f)
         (wall,) = inputs_t["walls"]
@@ -82,7 +85,7 @@ def value_and_grad(loss_fn, args, **options):
 # Values and derivatives
 #
 
-ROWS = [  # prev, next, and options that change the program only
+ROWS = [  # prev, next, and options that do not change the result
     (False, False, {}),
     (MASK[:4], np.array(True), {"checkpoint": True, "unroll": 2}),
     (True, False, {"checkpoint": 2}),
@@ -94,7 +97,8 @@ ROWS = [  # prev, next, and options that change the program only
 @pytest.mark.parametrize("rows", [ROWS[:2], pytest.param(ROWS[2:], marks=slow)])
 @pytest.mark.parametrize("bptt", also_slow("3", slowly=["none", "every", "2", "mask"]))
 def test_gradient_with_respect_to_inputs_equals_the_textbook_loop(bptt, rows):
-    """And those with respect to params, data and weights, in the presence of inputs."""
+    """With inputs, the gradients with respect to the inputs, params, data and weights all equal
+    those of the textbook loop."""
 
     def all_values_and_grads(loss_fn, args):
         for prev, next, program in rows:
@@ -126,7 +130,8 @@ def random_like(tree, seed=2):
 )
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "every", "mask"]))
 def test_derivatives_of_higher_order_with_respect_to_inputs(bptt, extra, twice):
-    """`twice`: reverse over reverse as well."""
+    """Second derivatives with respect to inputs equal those of the textbook loop. With `twice`,
+    this includes reverse over reverse mode."""
     *variables, labels = forced_problem(3)
     tangents = random_like(variables)
 
@@ -175,7 +180,7 @@ def first(tree):
 TRANSFORMATIONS = {
     "grad of jit": lambda f: lambda params, x, y: jax.grad(jax.jit(f))(params, *first((x, y))),
     "jit of grad": lambda f: lambda params, x, y: jax.jit(jax.grad(f))(params, *first((x, y))),
-    # For several series at once; the parameters are the same for all.
+    # Several series share the same parameters.
     "vmap of grad": lambda f: jax.jit(jax.vmap(jax.grad(f, (0, 1)), (None, 0, 0))),
 }
 
@@ -201,7 +206,8 @@ def test_gradients_with_respect_to_inputs_compose_with(name, bptt):
 
 @pytest.mark.parametrize("num_rollout_steps", also_slow(2, slowly=[5]))
 def test_a_forcing_may_be_read_by_one_function_only(num_rollout_steps):
-    """Where nobody reads it, at the last level for example, its gradient is zero."""
+    """A forcing may be read by one function only. At a level where nobody reads the forcing,
+    such as the last one, its gradient is zero."""
     rng, shape = np.random.default_rng(0), (2, num_rollout_steps)
     names = ("stepper", "residuum", "nobody")
     inputs = {name: jnp.asarray(rng.normal(size=shape)) for name in names}
@@ -225,7 +231,8 @@ def test_a_forcing_may_be_read_by_one_function_only(num_rollout_steps):
 
 
 def test_a_long_rollout_in_pieces_of_the_series_equals_the_rollout_in_one():
-    """Its gradient is that of a rollout cut between the pieces."""
+    """A long rollout in pieces of the series has the loss of the whole rollout, and the
+    gradient of a rollout that is cut between the pieces."""
     params, data, weights, forcing, labels = forced_problem(4)
 
     def in_pieces(params, weights, forcing):
@@ -264,7 +271,7 @@ def test_inputs_in_bf16_have_gradients_in_bf16(bptt):
     assert_close(grad, expected[1], 2**-7)
 
 
-WAYS_IN = {  # of a number to the loss, as the (stepper's scale, data, weights, inputs)
+WAYS_IN = {  # how a number enters (stepper's scale, data, weights, inputs)
     "parameters": lambda s: (s, 0.3, [1.0, 2.0, 1.0], 0.7),
     "data": lambda s: (0.5, s, [1.0, 2.0, 1.0], 0.7),
     "weights": lambda s: (0.5, 0.3, [s, 2.0, s], 0.7),
@@ -301,7 +308,7 @@ def test_tangents_may_be_python_numbers(way):
 @pytest.mark.skipif(not hasattr(jax, "debug_key_reuse"), reason="needs a newer JAX")
 @pytest.mark.parametrize("bptt", also_slow(3, slowly=[False, 1, [True, False, True, False]]))
 def test_each_key_is_used_once(bptt):
-    """As JAX counts it, for which even a transposition is a use."""
+    """Each key is used once by JAX's count, for which even a transposition is a use."""
     data = jnp.ones((2, 1, 3))
 
     def loss(x, stepper, keys):
@@ -345,7 +352,7 @@ def test_each_key_in_the_state_is_used_once(bptt):
 
 
 #
-# On several devices
+# Several devices
 #
 
 
@@ -377,8 +384,9 @@ def test_sharded_inputs_under_jit():
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=slow)])
 @pytest.mark.parametrize("where", also_slow("outside", slowly=["inside"]))
 def test_sharded_inputs_under_shard_map(where, check_vma):
-    """The gradient with respect to what is not sharded is a sum over devices: JAX's own where
-    it is taken outside, and by hand where it is taken inside, of varying parameters."""
+    """Inputs may be sharded under a `shard_map`. The gradient with respect to arguments that
+    are not sharded is a sum over devices. JAX takes this sum if the gradient is taken outside.
+    Inside, where the parameters vary, the test takes the sum itself."""
     args, _ = on_one_device()
     num_devices, specs = len(MESH_DEVICES), (P(), P("batch"), P(), P("batch"), P("batch"))
     mapped = functools.partial(
@@ -414,7 +422,8 @@ def test_sharded_inputs_under_shard_map(where, check_vma):
 
 
 def compile_forced(num_rollout_steps, bptt, *, wrt=0, **options):
-    """Value and gradient; each level has a forcing of the size of the state."""
+    """Compiles the value and gradient of a loss whose forcing is as large as the state at each
+    level."""
     batch, size = 8, 64
     params = {"w": jnp.ones((size, size), jnp.float32), "b": jnp.ones(size, jnp.float32)}
     data = jnp.ones((batch, 1, size), jnp.float32)
@@ -429,8 +438,8 @@ def compile_forced(num_rollout_steps, bptt, *, wrt=0, **options):
     return traced, batch * size * 4
 
 
-# The XLA of JAX 0.10.2 copies once more where a segment has an axis of length one; that of
-# 0.4.34, 0.7.2 and 0.12 does not.
+# The XLA of JAX 0.10.2 makes one more copy if a segment has an axis of length one. The XLA of
+# JAX 0.4.34, 0.7.2 and 0.12 does not.
 COPIES_OF_ONE_STEP = 2 if (0, 8) <= jax.__version_info__ < (0, 11) else 1
 
 
@@ -438,8 +447,8 @@ COPIES_OF_ONE_STEP = 2 if (0, 8) <= jax.__version_info__ < (0, 11) else 1
 @pytest.mark.parametrize("bptt", also_slow(1, 7, slowly=[5]))
 @pytest.mark.parametrize("wrt", also_slow(0, slowly=[1, 2, (0, 1, 2)]))
 def test_memory_grows_with_the_rollout_by_one_copy_of_the_inputs(wrt, bptt, options):
-    """The gradient with respect to the inputs is a result and no temporary. With segments of
-    7 steps, 6 are left over, both of 20 and of 1000."""
+    """The gradient with respect to the inputs is a result, so it does not count as temporary
+    memory. With segments of 7 steps, both 20 and 1000 steps leave a last segment of 6 steps."""
 
     def temporaries(num_rollout_steps):
         traced, level = compile_forced(num_rollout_steps, bptt, wrt=wrt, **options)
@@ -448,7 +457,7 @@ def test_memory_grows_with_the_rollout_by_one_copy_of_the_inputs(wrt, bptt, opti
 
     (short, inputs_of_short), (long, inputs_of_long) = temporaries(20), temporaries(1000)
     copies = COPIES_OF_ONE_STEP if bptt == 1 else 1
-    few_bytes_a_level = 32 * (1000 - 20)  # of 2048
+    few_bytes_a_level = 32 * (1000 - 20)  # a level of the inputs has 2048
     assert long - short <= copies * (inputs_of_long - inputs_of_short) + few_bytes_a_level
 
 
@@ -467,7 +476,7 @@ def test_program_size_with_inputs_does_not_grow_with_the_rollout(bptt):
 
 
 def message(**changes):
-    """All that is shown below the traceback of a call that should be wrong."""
+    """Returns everything that is shown below the traceback of a bad call."""
     call = dict(
         stepper=lambda u, inputs_t: u + inputs_t["f"],
         data=np.ones((4, 1, 3)),

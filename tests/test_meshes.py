@@ -1,5 +1,5 @@
-"""On many devices the loss and the gradient are those of one; and how much each device
-stores, and how often they talk, does not grow with the rollout."""
+"""On many devices, the loss and the gradient equal those of a single device. Neither the memory
+of each device nor the number of its communications grows with the rollout."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from tests.common import (
 )
 
 
-# k = 3 does not divide the number of steps
+# k = 3 does not divide the number of steps.
 BPTT = (False, 1, 2, 3)
 ROLLOUTS = [
     dict(num_rollout_steps=4, cuts=Cuts(bptt), **extra)
@@ -44,7 +44,8 @@ several_rollouts = pytest.mark.parametrize(
 
 @functools.cache
 def mesh_problem():
-    """A loss `(loss_fn, options, params, data) -> scalar`, its inputs, and what to expect."""
+    """Returns a loss `(loss_fn, options, params, data) -> scalar`, its inputs, and the expected
+    results."""
     params, data, weights, coefficient = problem(4, batch=2 * len(MESH_DEVICES))
 
     def loss(loss_fn, options, params, data):
@@ -54,7 +55,7 @@ def mesh_problem():
 
 
 def expectation(loss, *args):
-    """Value and gradient on one device, by cuts."""
+    """Returns the value and gradient on one device, for each choice of cuts."""
 
     def value_and_grad(cuts):
         f = functools.partial(loss, textbook_loss, dict(num_rollout_steps=4, cuts=cuts))
@@ -80,7 +81,8 @@ def assert_as_on_one_device(actual, rollouts, expected):
 )
 @several_rollouts
 def test_sharded_data_under_jit(rollouts, groups, explicit):
-    """Automatic and explicit axes. `groups`: one term of the loss for each device."""
+    """`jax.jit` accepts data that are sharded over automatic or explicit axes. With `groups`,
+    the loss has one term per device."""
     loss, params, data, expected = mesh_problem()
     losses = [functools.partial(loss, residuum_loss, options) for options in rollouts]
     num_devices = len(MESH_DEVICES)
@@ -104,10 +106,10 @@ def test_sharded_data_under_jit(rollouts, groups, explicit):
     assert_as_on_one_device(actual, rollouts, expected)
 
 
-RESHARDING = {  # the sharding of u_next, on a mesh of "batch" and "model"
+RESHARDING = {  # the sharding of u_next, on a mesh with the axes "batch" and "model"
     "replicated": lambda u: jax.sharding.reshard(u, P(None)),
     "split": lambda u: jax.sharding.reshard(u, P("model")),
-    # From what is split to what is not, and back.
+    # The state alternates between a split array and one that is not split.
     "alternating": lambda u: jax.sharding.reshard(
         u, P(None) if jax.typeof(u).sharding.spec[-1] else P("model")
     ),
@@ -176,7 +178,7 @@ def test_shard_map(rollouts, where, check_vma):
         return jax.lax.pmean(loss(params, data), "batch")
 
     def value_and_grad(loss, params, data):
-        if where == "inside" and check_vma:  # JAX sums over what params do not vary over
+        if where == "inside" and check_vma:  # JAX sums over axes that params lack
             return jax.value_and_grad(functools.partial(mean_loss, loss))(params, data)
         if check_vma:
             params = vary(params)
@@ -206,8 +208,8 @@ def test_shard_map(rollouts, where, check_vma):
 @pytest.mark.parametrize("check_vma", also_slow(True, slowly=[False]))
 @pytest.mark.parametrize("resets", [False, pytest.param(True, marks=slow)])
 def test_shard_map_over_parameters_that_differ(resets, check_vma):
-    """Another scale on each device, the same data on all: the state becomes varying on the way,
-    whatever its dtype; or it does not, if the stepper resets it."""
+    """Parameters may differ between devices while the data are the same. The state then becomes
+    varying within the rollout, whatever its dtype, unless the stepper resets it."""
     data = {"u": jnp.ones((2, 1, 3)), "n": jnp.zeros((2, 1), int), "b": jnp.zeros((2, 1), bool)}
     scales = jnp.linspace(0.5, 1.5, len(MESH_DEVICES))
 
@@ -216,7 +218,7 @@ def test_shard_map_over_parameters_that_differ(resets, check_vma):
             def stepper(state):
                 u = jnp.tanh(scale * state["u"] + state["b"])
                 n = state["n"] + (u[0] > 0.7)
-                v = jnp.zeros(())  # which varies at first only
+                v = jnp.zeros(())  # varies at first only
                 return {"u": jnp.ones(3) if resets else u, "n": n, "b": u[0] > 0.5, "v": v}
 
             residuum_fn = lambda n, p: n["u"] * n["n"] - scale * p["u"] + p["v"]
@@ -239,7 +241,7 @@ def test_shard_map_over_parameters_that_differ(resets, check_vma):
         assert_close(*jax.device_get((actual, expected)), what=options)
 
 
-SPREAD = {  # what varies over which axis of the mesh
+SPREAD = {  # which argument varies over which axis of the mesh
     "data": dict(data="batch"),
     "inputs": dict(inputs="model"),
     "both": dict(data="batch", inputs="model"),
@@ -249,7 +251,7 @@ SPREAD = {  # what varies over which axis of the mesh
 
 
 def loop_with_traced_masks(stepper, data, residuum_fn, *, num_rollout_steps, cuts, inputs):
-    """As the oracle, which takes no traced masks."""
+    """Runs the oracle with traced masks, which the oracle itself does not take."""
     loss, u = 0.0, data[:, 0]
     for t in range(num_rollout_steps):
         u_next = jax.vmap(stepper)(u, inputs[:, t])
@@ -266,7 +268,7 @@ def loop_with_traced_masks(stepper, data, residuum_fn, *, num_rollout_steps, cut
 @pytest.mark.parametrize("spread", also_slow("data", "inputs", slowly=[*SPREAD][2:]))
 @pytest.mark.parametrize("bptt", also_slow(1, slowly=[False, 2, "mask"]))
 def test_shard_map_over_part_of_the_arguments(bptt, spread):
-    """The state and the levels need not vary over the same axes."""
+    """The state and the time levels need not vary over the same axes of the mesh."""
     mesh, rng = make_mesh(("batch", "model")), np.random.default_rng(0)
     axes, num_steps = SPREAD[spread], 3
     of = lambda name: P(axes[name]) if name in axes else P()
@@ -348,7 +350,7 @@ def test_sharded_parameters_and_sharded_space(rollouts, sharded):
 
 @functools.cache
 def compiled_on_a_mesh(way, num_rollout_steps, cuts):
-    """The value and gradient of an MLP's loss, data parallel."""
+    """Compiles the value and gradient of an MLP's loss, with data parallelism."""
     params, _, stepper = network_problem("mlp")
     num_devices = len(MESH_DEVICES)
     explicit, groups = "explicit" in way, "groups" in way
@@ -401,12 +403,13 @@ def test_memory_per_device_does_not_grow_with_the_rollout(way, bptt):
         compiled_on_a_mesh(way, n, Cuts(bptt)).memory_analysis().temp_size_in_bytes
         for n in (20, 1000)
     )
-    # Explicit axes keep the weights themselves in memory; a state is 1024 times larger.
+    # With explicit axes, the weights themselves stay in memory. A state is 1024 times as large.
     assert long - short <= (980 * 4 if "explicit" in way else 0)
 
 
 def collectives(compiled):
-    """Numbers of collective operations in a program: once, and in loops."""
+    """Counts the collective operations of a program: those that run once, and those in
+    loops."""
     operation = (
         r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[a-z-]*\("
     )
@@ -425,19 +428,22 @@ def collectives(compiled):
 def test_one_collective_at_the_end_instead_of_one_per_segment(way, bptt):
     once, in_loops = collectives(compiled_on_a_mesh(way, 1000, Cuts(bptt)))
     if "groups" in way or "shard_map" in way:
-        # At most the gradients of two layers and the loss; a newer XLA makes one of them.
+        # There is at most one collective for each layer's gradient and one for the loss. A
+        # newer XLA combines them into one.
         assert 1 <= once <= 3
         assert in_loops == 0
     else:
-        # The compiler reduces each segment's gradient over the devices, as it does each step's
-        # in the backward pass of an ordinary scan. The documentation says how to avoid that.
+        # XLA reduces each segment's gradient over the devices, just as it reduces each step's
+        # gradient in the backward pass of an ordinary scan. The documentation says how to avoid
+        # this.
         assert in_loops > 0
         assert collectives(compiled_on_a_mesh(way, 20, Cuts()))[1] > 0
 
 
 @needs_shard_map
 def test_without_pcast_a_shard_map_stores_and_sums_every_step():
-    """The exception, of which the documentation warns."""
+    """Without `pcast`, a `shard_map` stores and sums every step. This is the exception of which
+    the documentation warns."""
     short, long = (
         compiled_on_a_mesh("shard_map, without pcast", n, Cuts(bptt=1)) for n in (20, 1000)
     )

@@ -1,7 +1,7 @@
-"""What is said to somebody who slipped: the end of the message names the culprit.
+"""After a slip, the end of the error message names the culprit.
 
-That each bad argument is named is in test_residuum.py; here is what comes with an error that
-is raised inside of the user's functions, and the slips that are common.
+test_residuum.py tests that each bad argument is named. This file tests the notes on errors that
+are raised inside the user's functions, and the messages about common slips.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def difference(u_next, u_prev):
 
 
 def message(stepper, data, residuum_fn=difference, **options):
-    """All that is shown below the traceback."""
+    """Returns everything that is shown below the traceback."""
     with pytest.raises((TypeError, ValueError, AssertionError, NameError)) as info:
         jax.eval_shape(lambda: residuum_loss(stepper, data, residuum_fn, **options))
     return "".join(traceback.format_exception_only(info.value)).split("-----")[0].strip()
@@ -34,7 +34,7 @@ def message(stepper, data, residuum_fn=difference, **options):
 @pytest.mark.parametrize(
     "data, sample",
     [
-        # A forgotten snapshot axis, and a forgotten batch axis.
+        # The first case forgets the snapshot axis, and the second one the batch axis.
         (np.ones((16, 32), np.float32), "batch 16, num_snapshots 32, one sample float32[]"),
         (np.ones((1, 16, 32)), "batch 1, num_snapshots 16, one sample float64[32]"),
     ],
@@ -67,7 +67,7 @@ def test_many_leaves_are_not_all_listed():
 def test_a_tuple_from_the_stepper():
     data = np.ones((4, 1, 3))
     assert "must return only the next state" in message(lambda u: (u, u.sum()), data)
-    # If the state is one, something else is wrong with it.
+    # If the state itself is a tuple, something else is wrong with it.
     assert "only the next state" not in message(lambda u: list(u), (data, data))
 
 
@@ -112,7 +112,7 @@ def test_leaves_that_disagree_are_all_shown_and_none_is_blamed():
 )
 def test_a_series_in_data_is_referred_to_inputs(num_snapshots, num_rollout_steps, is_series):
     one, other = num_snapshots
-    data = {"u": np.ones((4, one, 3)), "v": np.ones((3, other, 3))}  # batches disagree as well
+    data = {"u": np.ones((4, one, 3)), "v": np.ones((3, other, 3))}  # the batches disagree too
     text = message(lambda u: u, data, num_rollout_steps=num_rollout_steps)
     assert ("Only snapshot 0 is read" in text) == is_series
 
@@ -181,7 +181,7 @@ def test_scalars_of_numpy_are_scalars(name):
             return residuum_loss(lambda u: jnp.sin(x * u), data, difference, **options_)
 
         text = str(jax.make_jaxpr(jax.grad(loss, has_aux=bool(options.get("has_aux"))))(2.0))
-        return re.sub("0x[0-9a-f]+", "", text)  # addresses of functions
+        return re.sub("0x[0-9a-f]+", "", text)  # without the addresses of functions
 
     for value in BOOLS:
         assert program(value) == program(bool(value))
@@ -191,13 +191,13 @@ def test_a_list_of_samples():
     states = [np.ones(32)] * 16
     assert "jnp.stack" in message(lambda u: u, states)
     assert "jnp.stack" in message(lambda u: np.ones((32, 32)) @ u, [np.ones((1, 32))] * 16)
-    # Of fields it may be made, and if something else is wrong nothing is said of it.
+    # A list of fields is valid, so no message about another mistake suggests stacking it.
     fields = [np.ones((4, 1, 8)), np.ones((4, 1, 3))]
     assert "jnp.stack" not in message(lambda u: 3, fields)
 
 
 class TraceContextError(Exception):
-    """As Flax NNX has one."""
+    """Has the name of an error of Flax NNX."""
 
 
 def test_what_a_vmap_forbids_names_the_way():
@@ -214,7 +214,8 @@ def test_what_a_vmap_forbids_names_the_way():
 
 
 def test_shapes_and_refs_are_not_arrays():
-    """They have a shape and a dtype, but nothing can be read from them."""
+    """Shapes and Refs have a shape and a dtype but are no arrays, because nothing can be read
+    from them."""
     data, mask = (jax.ShapeDtypeStruct(s, d) for s, d in (((4, 1, 3), float), ((3,), bool)))
     assert "data must be an array" in message(lambda u: u, data)
     for field in Cuts._fields:
@@ -258,7 +259,8 @@ jax.tree_util.register_pytree_with_keys(
 @pytest.mark.parametrize("node", [Checked, CheckedDataclass])
 @pytest.mark.parametrize("bptt", [False, 1, np.array([False, True, False])])
 def test_a_state_may_check_what_it_is_made_of(node, bptt):
-    """Only arrays are ever put into the user's nodes."""
+    """The library puts nothing but arrays into the user's PyTree nodes, so a state may check
+    what it is made of."""
 
     def loss(x, wrap):
         data = wrap(np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 1, 4))
@@ -287,7 +289,7 @@ def test_a_masked_array_has_to_be_filled():
         assert "x.filled(value)" in text and "JAX has no" not in text
 
 
-INPUTS_THAT_DO_NOT_FIT = {  # what is said of them, for a batch of 4
+INPUTS_THAT_DO_NOT_FIT = {  # what the message says about them, for a batch of 4
     "num_rollout_steps is 1": dict(inputs=np.ones((4, 5, 3))),
     "jnp.stack(..., axis=1)": dict(inputs=[np.ones((4, 3))] * 5, num_rollout_steps=5),
     "jnp.swapaxes(x, 0, 1)": dict(inputs={"f": np.ones((5, 4, 3))}, num_rollout_steps=5),
@@ -299,7 +301,7 @@ def test_inputs_in_another_order(hint):
     text = message(lambda u, f: u, np.ones((4, 1, 3)), **INPUTS_THAT_DO_NOT_FIT[hint])
     assert text.startswith("ValueError: inputs") and "[batch, num_rollout_steps" in text
     assert [other for other in INPUTS_THAT_DO_NOT_FIT if other in text] == [hint]
-    # Nothing is suggested that would not help.
+    # The message suggests nothing that would not help.
     text = message(lambda u, f: u, np.ones((4, 1, 3)), inputs=np.ones((3, 7)))
     assert not any(other in text for other in INPUTS_THAT_DO_NOT_FIT)
 
@@ -323,7 +325,7 @@ def test_a_sparse_matrix_is_passed_by_its_values():
         assert text.startswith("TypeError: data['A'] must be an array") and hint in text
         text = message(lambda u, x: u, u, inputs=[sparse])
         assert text.startswith("TypeError: inputs[0] must be an array") and hint in text
-        # Its indices are no residual.
+        # The indices of a sparse matrix are no residual.
         assert hint in message(lambda u: u, u, lambda n, p, sparse=sparse: (n - p, sparse))
 
 
@@ -345,12 +347,12 @@ def test_random_numbers_of_nnx_lead_to_dropout():
 
 
 def whiles(u):
-    """The same in a loop that has a forward mode, but no reverse mode."""
+    """Computes the same in a loop that has a forward mode but no reverse mode."""
     return jax.lax.while_loop(lambda x: x[0] < 3, lambda x: (x[0] + 1, x[1] / 2), (0, u))[1]
 
 
 def guarded(u):
-    """The root of 0 is guarded against in forward mode alone."""
+    """Guards against the root of 0 in forward mode alone."""
     return jnp.where(u > 0, jnp.sqrt(u), 0.0)
 
 

@@ -1,4 +1,5 @@
-"""The module as a file to copy: what it imports and touches, and its public names."""
+"""The module is a file to copy: these tests check what it imports and touches, and its public
+names."""
 
 import ast
 import subprocess

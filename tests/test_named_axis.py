@@ -1,5 +1,6 @@
-"""A name for the batch axis: collectives over it are statistics of the batch, in the streaming
-gradient as in the textbook loop; and batch norms work as their documentation says."""
+"""`axis_name` names the batch axis. Collectives over that axis are then statistics of the
+batch, in the streaming gradient as in the textbook loop, and batch norms work as their
+documentation says."""
 
 import functools
 import inspect
@@ -25,12 +26,12 @@ from tests.common import also_slow, make_mesh, MESH_DEVICES, needs_shard_map, sh
 
 
 #
-# A batch norm in the stepper, and statistics of the batch in the residuum and in its norm
+# A batch norm in the stepper, and statistics of the batch in the residual and in its norm
 #
 
 
 def normed_problem(num_rollout_steps, batch=4):
-    """The differentiable arguments: params, data, weights, inputs."""
+    """Returns the differentiable arguments: params, data, weights, inputs."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
     params = {"w": normal(3, 3), "scale": normal()}
@@ -47,7 +48,7 @@ def normed_loss(loss_fn, params, data, weights, inputs, *, names="batch", **opti
 
     def residuum_fn(u_next, u_prev, f):
         residuum = params["scale"] * u_next - u_prev**2 + jax.lax.psum(u_prev, names) * f
-        if names == "batch":  # not in a mesh, where the batch has this order only in part
+        if names == "batch":  # not on a mesh, where only a part of the batch is in this order
             everyone = jax.lax.all_gather(u_next, names)
             residuum -= everyone[jax.lax.axis_index(names) - 1]
         return residuum
@@ -76,7 +77,7 @@ def value_and_grad(loss_fn, args, **options):
 @pytest.mark.parametrize("extra", [EXTRA[:2], pytest.param(EXTRA[2:], marks=slow)], ids=str)
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "every", "mask"]))
 def test_collectives_over_the_batch_equal_the_textbook_loop(bptt, extra):
-    prev = np.array([False, True, False])  # is a `where` in the program
+    prev = np.array([False, True, False])  # becomes a `where` in the program
     f = functools.partial(value_and_grad, cuts=cuts_of(3, bptt, prev))
     assert_as_textbook(f, normed_problem(3), extra=extra)
 
@@ -84,7 +85,8 @@ def test_collectives_over_the_batch_equal_the_textbook_loop(bptt, extra):
 @pytest.mark.parametrize("twice", also_slow(False, slowly=[True]))
 @pytest.mark.parametrize("bptt", also_slow("2", slowly=["none", "every", "mask"]))
 def test_derivatives_of_collectives_equal_the_textbook_loop(bptt, twice):
-    """`twice`: reverse over reverse as well."""
+    """The derivatives of collectives over the batch equal those of the textbook loop. With
+    `twice`, this includes reverse over reverse mode."""
     args = normed_problem(3)
     tangents = jax.tree.map(jnp.cos, args)
 
@@ -104,7 +106,7 @@ def test_derivatives_of_collectives_equal_the_textbook_loop(bptt, twice):
 
 
 #
-# On several devices
+# Several devices
 #
 
 
@@ -139,7 +141,8 @@ BOTH_NAMES = ("batch", "devices")
 @needs_shard_map
 @pytest.mark.parametrize("where", also_slow("inside", slowly=["outside"]))
 def test_in_a_shard_map_a_collective_over_both_names_is_exact(where):
-    """It is that of the whole batch on one device, in value and gradient."""
+    """In a `shard_map`, a collective over both axis names covers the whole batch, so the value
+    and the gradient equal those of the whole batch on one device."""
     args, _ = on_one_device()
     mapped = functools.partial(
         jax.shard_map, mesh=make_mesh(("devices",)), in_specs=SPECS, check_vma=False
@@ -161,7 +164,7 @@ def test_in_a_shard_map_a_collective_over_both_names_is_exact(where):
         return mapped(mean_value_and_grad, out_specs=(P(), SPECS))(*args)
 
     def on_one(options):
-        # With both names it is not the same function: see there.
+        # `normed_loss` with both names is another function, as the `if` in it shows.
         f = functools.partial(value_and_grad, textbook_loss, names=("batch",))
         return f(args, cuts=options.get("cuts", Cuts()))
 
@@ -170,7 +173,8 @@ def test_in_a_shard_map_a_collective_over_both_names_is_exact(where):
     assert_close(*jax.device_get(both))
 
 
-# JAX 0.7 accepts the collective, and fails with a KeyError after the `vmap`, ours or not.
+# JAX 0.7 accepts the collective and then fails with a KeyError after the `vmap`, whether the
+# `vmap` is that of residuum or not.
 both_are_refused = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="needs a newer JAX"
 )
@@ -188,7 +192,7 @@ def test_where_a_mesh_checks_types_the_error_says_what_to_do(names, bptt):
 
     mesh = make_mesh(("devices",))
     f = jax.shard_map(mean_loss, mesh=mesh, in_specs=SPECS, out_specs=P())
-    with pytest.raises(Exception) as info:  # another one in each version of JAX
+    with pytest.raises(Exception) as info:  # the type differs between versions of JAX
         jax.eval_shape(f, *args)
     text = "".join(traceback.format_exception_only(info.value))
     assert "axis_name" in text
@@ -201,9 +205,11 @@ def test_where_a_mesh_checks_types_the_error_says_what_to_do(names, bptt):
 
 
 def assert_as_with_the_whole_batch_in_one_sample(apply, variables, statistics):
-    """`apply(variables, (u, statistics))` is the next state, with an axis named "batch".
+    """Asserts that `axis_name` gives the loss of the whole batch taken as a single sample.
 
-    Without `axis_name`, the whole batch is one sample, and the stepper maps over it.
+    `apply(variables, (u, statistics))` must return the next state, inside an axis named
+    "batch". In the comparison, there is no `axis_name`, and the stepper itself maps over the
+    batch.
     """
     batch, size = 6, 4
     data = jnp.asarray(np.random.default_rng(0).normal(size=(batch, 1, size)), jnp.float32)
@@ -237,13 +243,13 @@ def assert_as_with_the_whole_batch_in_one_sample(apply, variables, statistics):
     (_, (_, final_statistics)), grads = actual[0]
     assert all(jnp.any(grad != 0) for grad in jax.tree.leaves(grads))
     for x in jax.tree.leaves(final_statistics):
-        assert_close(x, jnp.broadcast_to(x[0], x.shape))  # one copy for each sample
+        assert_close(x, jnp.broadcast_to(x[0], x.shape))  # all samples have equal copies
     before, after = jax.tree.leaves(statistics), jax.tree.leaves(final_statistics)
     assert any(jnp.any(x != y[0]) for x, y in zip(before, after, strict=True))
 
 
 def test_batch_norm_of_equinox():
-    # Older versions have no modes.
+    # Older versions of Equinox have no modes.
     has_modes = "mode" in inspect.signature(eqx.nn.BatchNorm.__init__).parameters
     options = dict(axis_name="batch", **({"mode": "batch"} if has_modes else {}))
 

@@ -1,5 +1,6 @@
-"""A cut selects, it does not multiply: NaN and infinity on its far side stay there. And a
-rollout that diverges is a result, not an error."""
+"""A cut replaces the cotangent instead of multiplying it by zero, so NaN and infinity
+downstream of a cut do not reach the gradient upstream. A rollout that diverges is a result and
+not an error."""
 
 import functools
 
@@ -20,7 +21,7 @@ from tests.common import also_slow, slow
 )
 @pytest.mark.parametrize("field", ["bptt", "prev", "next"])
 def test_cuts_keep_infinite_derivatives_out(field, options):
-    # √ has an infinite derivative at 0, which is where the state to be cut is.
+    # √ has an infinite derivative at 0, which is the value of its argument here.
     def residuum_fn(u_next, u_prev):
         if field == "prev":
             return u_next + jnp.sqrt(u_prev - jax.lax.stop_gradient(u_prev))
@@ -49,13 +50,13 @@ def test_cuts_keep_infinite_derivatives_out(field, options):
     (*actual, without_a_cut), expected = jax.jit(all_of_them)(1.5)
     chex.assert_tree_all_finite(actual)
     assert_close(actual, [expected] * 2)
-    # Without the cut, there would be something to keep out.
+    # Without the cut, the gradient is not finite.
     assert not np.isfinite(without_a_cut[1])
 
 
 @st.composite
 def poisoned_rollouts(draw):
-    """Cuts, and coefficients that are 0 only on the far side of one, where √ is infinitely
+    """Draws cuts, and coefficients that are 0 only downstream of a cut, where √ is infinitely
     steep."""
     steps = draw(st.integers(1, 5))
     masks = st.lists(st.booleans(), min_size=steps, max_size=steps).map(np.array)
@@ -64,7 +65,7 @@ def poisoned_rollouts(draw):
         draw(st.booleans() | masks),
         draw(st.booleans() | masks),
     )
-    every = cuts.bptt if isinstance(cuts.bptt, int) else 0  # True is 1, False is 0
+    every = cuts.bptt if isinstance(cuts.bptt, int) else 0  # True counts as 1, and False as 0
     after = np.array([every and (t + 1) % every == 0 for t in range(steps)], bool)
     after = cuts.bptt if isinstance(cuts.bptt, np.ndarray) else after
     before = np.concatenate([[False], after[:-1]])
@@ -87,7 +88,7 @@ def test_what_a_cut_separates_stays_clean(rollout, checkpoint, unroll):
     coefficients = jax.tree.map(jnp.asarray, coefficients)
 
     def loss(loss_fn, x, **more):
-        def steep(name, state):  # 0, with an infinite derivative where the coefficient is 0
+        def steep(name, state):  # 0, but with an infinite derivative where the coefficient is 0
             coefficient = coefficients[name][state["t"]]
             u = coefficient + state["u"] - jax.lax.stop_gradient(state["u"])
             return jnp.sqrt(u) - jnp.sqrt(coefficient)

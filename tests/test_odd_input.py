@@ -1,7 +1,8 @@
-"""For each argument and each odd value: the error that is expected, or that the value is valid.
+"""For each argument and each odd value, either a certain error is expected or the value is
+valid.
 
-An error names the argument, says what was expected and what was received. If the value is
-valid, the result is that of the oracle.
+An error names the argument and says what was expected and what was received. If the value is
+valid, the result equals that of the oracle.
 """
 
 import functools
@@ -67,7 +68,7 @@ def is_hashable(value):
 
 
 #
-# What is expected, for each argument
+# The expected outcome for each argument
 #
 
 VALID = "valid"
@@ -78,14 +79,14 @@ TUPLES = [source for source, value in ODD_VALUES.items() if isinstance(value, tu
 
 
 def odd(text):
-    """Some of the odd values."""
+    """Splits a text into the odd values that it names."""
     sources = split(text)
     assert not set(sources) - set(ODD_SOURCES), sources
     return sources
 
 
 def traced(text):
-    """The same as arguments of `jax.jit`."""
+    """Returns the odd values of the text as arguments of `jax.jit`."""
     return [f"traced {source}" for source in odd(text)]
 
 
@@ -106,10 +107,11 @@ STEPPER_RAISES = "Raised when stepper was called on one sample: stepper(u_prev"
 BPTT = "a static bool, a static int or a bool array of shape [num_rollout_steps] = [4]"
 MASK = "a bool or a bool array of shape [] or [num_rollout_steps] = [4]"
 
-# For each argument, what is expected of which odd values: the first line that has the value.
-# `…` stands for the path to a leaf, such as `['u']`. What was received must follow; where that
-# is the result of a function, it is said here. What a function raises passes through, with a
-# note that says which function it was, and its arguments.
+# For each argument, this table gives the expected message for its odd values. The first line
+# that contains a value counts. `…` stands for the path to a leaf, such as `['u']`. The message
+# must go on with what was received. Where a function's result was received, the table spells it
+# out. If a function raises an error, the error passes through with a note that names the
+# function and its arguments.
 EXPECTED = {
     "stepper": {
         VALID: odd("lambda x: x"),
@@ -118,7 +120,7 @@ EXPECTED = {
         f"{STRUCTURE}, got 'x' of type str": odd('lambda x: "x"'),
         f"{STRUCTURE}, got float32[3]": odd('lambda x: x["u"]'),
         f"{STRUCTURE}, got [0] float32[3]": odd('lambda x: [x["u"]]'),
-        f"{STRUCTURE}, got 'u' of type str": odd("max"),  # of the keys
+        f"{STRUCTURE}, got 'u' of type str": odd("max"),  # `max` takes the largest key
         f"{SHAPES} float32[3], got float32[2]": odd('lambda x: {"u": x["u"][:2]}'),
         f"{SHAPES} float32[3], got complex64[3]": odd('lambda x: {"u": x["u"] * 1j}'),
         f"{SHAPES} float32[3], got int64[3]": odd('lambda x: {"u": x["u"].astype(int)}'),
@@ -136,7 +138,7 @@ EXPECTED = {
         "got ['u'] float32[2, 1, 3], ['v'] float32[3, 1]": both(
             '{"u": ones(2, 1, 3), "v": ones(3, 1)}'
         ),
-        # The data are fine by themselves, but not for this stepper.
+        # These data are valid by themselves, but not for this stepper.
         "stepper must return a state with the structure of its input, "
         "['u'] float32[3], ['v'] float32[], got ['u'] float32[3]": both(
             '{"u": ones(2, 1, 3), "v": ones(2, 1)}'
@@ -201,7 +203,7 @@ EXPECTED = {
     "inputs": {
         VALID: both("None"),
         "inputs must hold at least one array with entries": NO_ARRAYS,
-        # That of `valid_call` takes the state only.
+        # The stepper of `valid_call` takes the state only.
         f"{STEPPER_RAISES}['u'] float32[3], inputs_t float32[]).": both("ones(2, 4)"),
         "inputs… must be an array [batch, num_rollout_steps, ...] = [2, 4, ...]": REST,
     },
@@ -247,7 +249,8 @@ def expected_of(name, source):
 
 
 def descriptions(value):
-    """What may be said of a value that was received, or of a leaf of it."""
+    """Yields all descriptions that a message may give of a received value, or of a leaf of
+    it."""
     for part in (value, *jax.tree.leaves(value)):
         yield f"{reprlib.repr(part)} of type {type(part).__name__}"
         try:
@@ -258,7 +261,7 @@ def descriptions(value):
 
 
 def is_said(expectation, value, error):
-    """Whether the error says what is expected, and what it has received instead."""
+    """Whether the error says what was expected and what was received instead."""
     if expectation.startswith("Raised"):
         return any(note.startswith(expectation) for note in error.__notes__)
     if type(error) not in (TypeError, ValueError):
@@ -326,7 +329,7 @@ def test_arguments_in_the_wrong_order_are_named(order):
     stepper, data, residuum_fn = (arguments[i] for i in order)
     with pytest.raises(TypeError) as info:
         residuum_loss(stepper, data, residuum_fn)
-    if data is arguments[1]:  # the functions are exchanged
+    if data is arguments[1]:  # the two functions are swapped
         expectation = f"{STEPPER_RAISES} float32[3])."
     else:
         expectation = (
@@ -336,7 +339,7 @@ def test_arguments_in_the_wrong_order_are_named(order):
 
 
 class Counter(eqx.Module):
-    """Counts its calls in a State of Equinox, which can be read once only."""
+    """Counts its calls in a State of Equinox, which can be read only once."""
 
     index: eqx.nn.StateIndex
 

@@ -1,5 +1,5 @@
-"""Half precision is accumulated in float32, single precision stays, a wider format of the
-parameters promotes the state."""
+"""Half precision is accumulated in float32, single precision stays single, and parameters in a
+wider format promote the state."""
 
 import functools
 
@@ -34,14 +34,15 @@ def test_half_precision_accumulates_in_float32(dtype, bptt):
     chex.assert_type([loss, rollout.time_level_losses], jnp.float32)
     chex.assert_type([grad, rollout.final_state], dtype)
 
-    # The mean over 512 samples of the same half precision residua, in float64
+    # The reference is the mean of the same half-precision residuals over 512 samples, in
+    # float64.
     factor, u, losses = np.asarray(factor), np.asarray(data[:, 0]), []
     for _ in range(5):
         u_next = u * factor / (1 + u * u)
         entries = (u_next - np.roll(u, 1, axis=-1)).astype(np.float64)
         losses.append(np.mean(entries**2))
         u = u_next
-    # XLA may keep more precision between two operations than the format has, never less.
+    # Between two operations, XLA may keep more precision than the format has, but never less.
     tolerance = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(loss, sum(losses), rtol=tolerance)
 
@@ -53,7 +54,8 @@ def test_a_half_precision_time_level_loss_is_averaged_in_float32():
 
 
 def half_precision_problem(dtype, num_rollout_steps):
-    """A rollout that neither dies out nor diverges; a loss `(loss_fn, params, data)`."""
+    """Returns a loss `(loss_fn, params, data)` of a rollout that neither dies out nor diverges,
+    and its arguments."""
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(0.7 / 4 * rng.normal(size=(16, 16)), dtype)
     data = jnp.asarray(rng.normal(size=(4, 1, 16)), dtype)
@@ -68,7 +70,8 @@ def half_precision_problem(dtype, num_rollout_steps):
 
 
 def errors_in_half_precision(dtype, loss_fn, num_rollout_steps, **options):
-    """Relative errors of the loss and of its gradient, in units of the format's."""
+    """Returns the relative errors of the loss and of its gradient, in units of the format's
+    machine epsilon."""
     loss, kernel, data = half_precision_problem(dtype, num_rollout_steps)
     f = jax.value_and_grad(functools.partial(loss, loss_fn, **options))
     actual = jax.jit(f)(kernel, data)
@@ -91,7 +94,7 @@ def test_half_precision_on_a_long_rollout(dtype, bptt):
 
 
 def scan_loss(stepper, data, residuum_fn, *, num_rollout_steps):
-    """Cut after every step, written by hand."""
+    """Cuts the rollout after every step, in a scan as one writes it by hand."""
 
     def step(u_prev, _):
         u_prev = jax.lax.stop_gradient(u_prev)
@@ -113,7 +116,9 @@ def test_a_thousand_segments_lose_no_small_contributions(dtype, bptt):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_derivatives_in_a_direction_of_half_precision_are_summed_in_float32(dtype):
-    """Of data and inputs, whose gradients are in their own format; as for the plain path."""
+    """Derivatives along a half-precision direction of data and inputs are summed in float32.
+    The gradients of data and inputs keep their own format. Rollouts without a cut do the
+    same."""
     rng = np.random.default_rng(0)
     data, inputs = (jnp.asarray(rng.normal(size=(32, n, 64)), dtype) for n in (1, 5))
 
@@ -146,7 +151,8 @@ def test_wider_parameters_promote_the_initial_condition(bptt):
 
 
 def test_weakly_typed_data_counts_as_what_it_is():
-    # Which `jnp.full` makes of a Python number; next to float32 its float64 would give way.
+    # `jnp.full` makes a weakly typed float64 of a Python number. Combined with a float32, a
+    # weak type would give way.
     weak = jnp.full((2, 1, 3), 0.3)
     assert weak.weak_type
     strong = jnp.asarray(weak, weak.dtype)
@@ -162,7 +168,7 @@ def test_weakly_typed_data_counts_as_what_it_is():
 def test_promotion_goes_on_until_the_dtypes_settle():
     data = {"a": jnp.ones((2, 1, 3), jnp.float32), "b": jnp.ones((2, 1), jnp.float16)}
 
-    def stepper(u):  # b makes a wider in the first step, a makes b wider in the second
+    def stepper(u):  # b widens a in the first step, and a widens b in the second
         return {"a": u["a"] * jnp.float64(2), "b": u["b"] + u["a"][0]}
 
     _, rollout = residuum_loss(
@@ -202,7 +208,8 @@ def test_weights_are_any_array_like_and_leave_the_dtype_of_the_loss_alone():
 @pytest.mark.parametrize("bptt", ["none", "every", "mask"])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.complex64])
 def test_wider_weights_widen_the_loss(dtype, bptt):
-    """As in the textbook loop; in float32, the first weight would be 0."""
+    """Wider weights widen the loss, as in the textbook loop. In float32, the first weight would
+    be 0."""
     factor, data = rotation_problem(dtype)
     weights = np.array([1e-300, 2e-300, 3e-300])
     options = dict(num_rollout_steps=3, cuts=cuts_of(3, bptt), has_aux=True)
@@ -210,7 +217,7 @@ def test_wider_weights_widen_the_loss(dtype, bptt):
     def loss(weights):
         return rotation_loss(residuum_loss, factor, data, weights=weights, **options)
 
-    # The stepper of complex states promotes by itself.
+    # The stepper of complex states relies on implicit promotion.
     mode = "standard" if dtype == jnp.complex64 else "strict"
     with config("jax_numpy_dtype_promotion", mode):
         (value, rollout), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
@@ -223,7 +230,8 @@ def test_wider_weights_widen_the_loss(dtype, bptt):
 
 @pytest.mark.parametrize("bptt", [False, 1, 5])
 def test_a_hundred_thousand_steps_are_summed_to_the_last_digits(bptt):
-    """A running sum in float32 is off by 1e-3 for this problem, cut after every step."""
+    """The loss of a hundred thousand steps is exact to the last digits. For this problem with a
+    cut after every step, a running sum in float32 has an error of 1e-3."""
     options = dict(num_rollout_steps=100_000, cuts=Cuts(bptt))
 
     def loss(w, dtype):
@@ -236,12 +244,14 @@ def test_a_hundred_thousand_steps_are_summed_to_the_last_digits(bptt):
     for actual in (jax.jit(lambda: loss(0.9, jnp.float32))(), derivatives(0.9)[0]):
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
     forward = lambda dtype: jax.jit(lambda: jax.jvp(lambda w: loss(w, dtype), (0.9,), (1.0,)))()
-    if not bptt:  # the tangent of a cut rollout is made of a gradient
+    if not bptt:  # the tangent of a cut rollout comes from a gradient
         np.testing.assert_allclose(forward(jnp.float32), forward(jnp.float64), rtol=1e-6)
 
 
 def test_a_factor_outside_comes_after_an_overflow():
-    """With cuts as an array, the gradient is that of the textbook loop, as is documented."""
+    """With static cuts, a factor outside the loss is applied only after an overflow in the
+    gradient. With cuts as an array, the gradient is that of the textbook loop. The
+    documentation says so."""
 
     def guarded(x, cuts):
         data = jnp.full((1, 1, 1), 1e19, jnp.float32)
@@ -256,7 +266,8 @@ def test_a_factor_outside_comes_after_an_overflow():
 
 @pytest.mark.parametrize("bptt", [1, 2])
 def test_loss_scaling_in_half_precision_belongs_in_the_weights(bptt):
-    """The gradient of a segment is rounded to float16 before a factor outside sees it."""
+    """Loss scaling in half precision belongs in the weights, because the gradient of a segment
+    is rounded to float16 before a factor outside the loss is applied."""
     scale = 2.0**14
     data = jnp.full((1, 1, 64), 2.0**-13, jnp.float16)
 

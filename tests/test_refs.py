@@ -1,5 +1,5 @@
-"""A `jax.Ref` that a function makes for itself works as in the textbook loop; one from outside
-is an error that says what to do."""
+"""A `jax.Ref` that a function creates for itself works as in the textbook loop. A `jax.Ref`
+from outside raises an error that says what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def difference(u_next, u_prev):
 
 
 def through_a_ref(u):
-    """The sine of `u`, computed in place."""
+    """Computes the sine of `u` in place."""
     ref = jax.new_ref(u)
     ref[...] = jnp.sin(ref[...])
     return ref[...]

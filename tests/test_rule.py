@@ -1,7 +1,7 @@
-"""The segmented scan by itself, its functions one by one against ordinary differentiation.
+"""The functions of the segmented scan are tested one by one, against ordinary differentiation.
 
-They know nothing of residuals. Here they meet the plain loop with a `stop_gradient` in it, on a
-step and arguments made for the purpose.
+These functions know nothing of residuals. Here they are compared with a plain loop that
+contains a `stop_gradient`, on a step and arguments made for the purpose.
 """
 
 import functools
@@ -22,7 +22,7 @@ NUM_STEPS = 7
 
 
 def call(params, state, x):
-    """A step: a state of a float, an integer and a complex array."""
+    """Takes one step. The state consists of a float, an integer and a complex array."""
     w, shift = params
     u, count, z = state
     is_cut, forcing = x
@@ -50,7 +50,7 @@ def arguments():
 
 
 def plain_loop(k, arrays):
-    """The scan as a loop of Python, with the state cut after every `k`-th step."""
+    """Runs the scan as a Python loop that cuts the state after every `k`-th step."""
     params, state, levels = arrays
     total, terms = 0.0, []
     for t in range(len(levels.weights)):
@@ -73,7 +73,7 @@ def test_a_plain_scan_is_the_loop(unroll, checkpoint):
     assert_close(actual, plain_loop(UNCUT, arguments()))
 
 
-PIECES = {  # of how many levels, in pieces of which length: the length of each
+PIECES = {  # (number of levels, length of a piece): the length of each piece
     (7, 3): [3, 3, 1],
     (6, 3): [3, 3],
     (2, 3): [2],
@@ -96,7 +96,8 @@ def test_pieces_are_all_levels_in_order(num_steps, length, unroll):
 
 
 def marks(matrix=False, u=False, z=False, levels=False):
-    """What the gradient is taken with respect to; never a shift, an integer or a mask."""
+    """Marks the leaves with respect to which the gradient is taken. A shift, an integer or a
+    mask is never marked."""
     return Arrays([matrix, False], [u, False, z], Levels(levels, (False, levels)))
 
 
@@ -106,7 +107,8 @@ WRT = list(itertools.product([False, True], repeat=4))
 @pytest.mark.parametrize("wrt", also_slow(WRT[8], WRT[15], slowly=WRT[:8] + WRT[9:15]), ids=str)
 @pytest.mark.parametrize("k", also_slow(3, slowly=[1, 2, NUM_STEPS - 1]))
 def test_value_and_gradient_of_all_segments(k, wrt):
-    """With respect to the matrix, to u, to z, to weights and inputs, or not."""
+    """The value and the gradient are exact for every choice of variables among the matrix, u,
+    z, and the weights and inputs together."""
     wrt = marks(*wrt)
     variables, constants = residuum._partition(arguments(), wrt)
 
@@ -134,7 +136,8 @@ def test_one_segment_moves_the_state_and_adds_to_the_sums():
 
 
 def test_the_state_after_a_segment_has_no_gradient():
-    """Or derivatives of second order would see through the cut."""
+    """The state after a segment has no gradient. Otherwise second derivatives would see through
+    the cut."""
     params, state, levels = arguments()
 
     def first_leaf(params):
@@ -145,7 +148,7 @@ def test_the_state_after_a_segment_has_no_gradient():
 
 
 def differentiable(k, x, scan):
-    """The scan as a function of the arguments that are not integers or bools."""
+    """Runs the scan as a function of the arguments that are neither integers nor bools."""
     _, state, levels = arguments()
     w, shift, u, z, weights, forcing = x
     levels = Levels(weights, (levels.xs[0], forcing))

@@ -1,5 +1,5 @@
-"""The loss works, and is the same, when JAX is told to be strict: about promotion of dtypes
-and ranks, NaN and infinity, leaked tracers, transfers; without `jit`, and without float64."""
+"""The loss is the same when JAX is told to be strict about promotion of dtypes and ranks, NaN
+and infinity, leaked tracers, or transfers, and also without `jit` and without float64."""
 
 import contextlib
 import functools
@@ -38,7 +38,8 @@ EACH_CHECK = [{"jax_enable_x64": False}, *({name: value} for name, value in CHEC
 
 @functools.cache
 def loss_and_inputs(dtype, bptt):
-    """The loss `(loss_fn, kernel, weights, data)`, its inputs, and what to expect."""
+    """Returns the loss `(loss_fn, kernel, weights, data)`, its inputs, and the expected
+    results."""
     rng = np.random.default_rng(0)
     data = {
         "u": jnp.asarray(rng.normal(size=(2, 1, 3)), dtype),
@@ -61,7 +62,7 @@ def loss_and_inputs(dtype, bptt):
 
 
 def derivatives(loss, loss_fn, **options):
-    """Value, gradient, and a product with the Hessian."""
+    """Computes the value, the gradient, and a Hessian-vector product."""
     f = functools.partial(loss, loss_fn, **options)
 
     def of_args(kernel, *rest):
@@ -94,6 +95,6 @@ def test_strict_modes(bptt, modes):
         assert_close(loss_with_aux, expected_loss, tolerance)
         for actual in all_derivatives:
             assert_close(actual, expected, tolerance)
-        if "jax_transfer_guard" not in modes:  # it forbids constants outside of `jit`
+        if "jax_transfer_guard" not in modes:  # the guard forbids constants outside `jit`
             actual = loss(residuum_loss, *args)
             assert_close(jax.device_get(actual), expected_loss, tolerance)

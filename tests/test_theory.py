@@ -1,5 +1,5 @@
-"""The mathematics that the documentation promises: how the residuum is related to the error
-of a step, i.e., to the diverted chain."""
+"""The documentation promises a mathematical relation between the residual and the error of a
+step, i.e., the diverted chain. These tests verify that relation."""
 
 import functools
 
@@ -14,7 +14,8 @@ from tests.common import also_slow
 
 
 def linear_step(condition_number, size=5, seed=0):
-    """A of the given condition, B, emulator and initial conditions, all random."""
+    """Returns A with the given condition number, B, a linear emulator and initial conditions,
+    all random."""
     rng = np.random.default_rng(seed)
     left, right = (np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2))
     matrix = left @ np.diag(np.geomspace(1, condition_number, size)) @ right
@@ -23,7 +24,7 @@ def linear_step(condition_number, size=5, seed=0):
 
 
 def diverted_chain_loss(matrix, b, emulator, data, num_rollout_steps):
-    """The loss of `trainax.configuration.DivertedChainBranchOne`, as a loop."""
+    """Computes the loss of `trainax.configuration.DivertedChainBranchOne` in a loop."""
     u_prev, loss = data[:, 0], 0.0
     for _ in range(num_rollout_steps):
         u_next = u_prev @ emulator.T

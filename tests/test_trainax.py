@@ -1,4 +1,4 @@
-"""A second, independent witness: trainax, whose `Residuum` this library reimagines."""
+"""trainax is a second, independent witness: this library reimagines its `Residuum`."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def trainax_network(name):
 
 
 def heat_residuum(u_next, u_prev):
-    """Implicit Euler for the heat equation; does not mention the batch axis."""
+    """Computes the residual of an implicit Euler step of the heat equation, for any batch."""
     neighbours = jnp.roll(u_next, 1, axis=-1) + jnp.roll(u_next, -1, axis=-1)
     return u_next - u_prev - 0.1 * (neighbours - 2 * u_next)
 
@@ -85,7 +85,7 @@ def test_trainax_agrees(network_name, loss_name, every):
 
 
 class ResiduumLossConfiguration(trainax.configuration.BaseConfiguration):
-    """`residuum_loss` plugged into the trainers of trainax."""
+    """Plugs `residuum_loss` into the trainers of trainax."""
 
     options: dict
 

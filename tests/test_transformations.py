@@ -1,7 +1,8 @@
-"""The loss goes through JAX's transformations, and they go through what it is given.
+"""The loss goes through JAX's transformations, and so do the functions and arrays that it is
+given.
 
-Each derivative equals that of the textbook loop, in whatever order grad, jit, vmap, scan,
-cond and checkpoint are put around it, and whatever of these the stepper uses itself.
+Each derivative equals that of the textbook loop, in whatever order grad, jit, vmap, scan, cond
+and checkpoint are put around it, and whichever of these the stepper itself uses.
 """
 
 import functools
@@ -54,7 +55,7 @@ def test_composes_with(name, bptt):
     transform = TRANSFORMATIONS[name]
     expected = jax.jit(transform(functools.partial(loss, textbook_loss)))(flat)
     actual = transform(functools.partial(loss, residuum_loss))
-    # What begins with a compiled program need not be compiled as a whole.
+    # A transformation that begins with `jit` is compiled already.
     assert_close((actual if "jit" in name else jax.jit(actual))(flat), expected)
 
 
@@ -76,7 +77,7 @@ def test_closures_over_traced_ints_and_keys(transform, bptt):
         return loss_fn(stepper, data, lambda n, p: n - x * jnp.roll(p, 2 * shift), **options)
 
     def of_x(loss_fn, x, shift, seed):
-        # `shift` and the key are traced wherever the transformation traces
+        # `shift` and the key are traced wherever the transformation traces.
         f = lambda x: loss(loss_fn, x, shift, jax.random.key(seed))
         return TRANSFORMATIONS[transform](f)(x)
 
@@ -145,6 +146,7 @@ def test_a_training_step_may_donate_its_buffers(bptt):
         value, donated = step(donated)
         expected_value, expected = expected_step(expected)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(consumed))
-        # Of copies, since a view that numpy holds may keep a buffer from being donated.
+        # Copies are compared, since a view that NumPy holds may keep a buffer from being
+        # donated.
         copies = jax.tree.map(jnp.copy, (value, donated))
         assert_close(copies, (expected_value, expected))

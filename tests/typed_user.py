@@ -1,4 +1,5 @@
-"""A user's file: what type checkers know of an installed wheel. No test, but checked in CI."""
+"""A user's file, which shows what type checkers know about an installed wheel. CI type-checks
+it, and no test runs it."""
 
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
@@ -11,7 +12,7 @@ from residuum import Cuts, residuum_loss, Rollout
 
 
 class Emulator(eqx.Module):
-    """With a keyword that has a default, as the layers of Equinox."""
+    """Has a keyword argument with a default, like the layers of Equinox."""
 
     kernel: jax.Array
 

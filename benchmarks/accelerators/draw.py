@@ -14,7 +14,7 @@ from benchmarks.accelerators.run import STEPS
 from benchmarks.labels import label_ends, OUTLINE, SIZE
 
 
-LINES = {  # loss, cut and options; colours of Okabe and Ito, colour-blind safe; ours are thick
+LINES = {  # loss, cut and options, in colours of Okabe and Ito; thick lines are residuum
     "plain scan": (("plain scan", "no cut", ""), dict(color="#009E73")),
     "checkpoint=True": (("residuum", "no cut", "checkpoint=True"), dict(color="#D55E00")),
     "checkpoint=k": (("residuum", "no cut", "checkpoint=*"), dict(color="#CC79A7")),

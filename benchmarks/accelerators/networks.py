@@ -1,4 +1,4 @@
-"""The networks, for one sample, in plain JAX; and the residual."""
+"""Defines the networks, for one sample and in plain JAX, and the residual."""
 
 import itertools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ class Network(NamedTuple):
     stepper: Callable[[Any, jax.Array], jax.Array]  # (params, u_prev) -> u_next
     params: Any  # shapes
     state: tuple[int, ...]  # shape of one sample
-    samples: int  # for each chip
+    samples: int  # per chip
 
 
 def mlp(params, u):
@@ -65,14 +65,14 @@ NETWORKS = {
     "FNO": Network(fno, ((32,), [FNO_LAYER] * 4, (32,)), (256, 256), 4),
     "conv 3D": Network(conv_net, kernels(3, 32, 4), (128, 128, 128), 1),
 }
-# The same network on more points: what no chip holds, not even for one step.
+# These are the same network on more points, so many that no chip holds even one step.
 LARGE = ("conv 3D, 256³", "conv 3D, 512³")
 SMALL = tuple(NETWORKS)
 NETWORKS |= {x: NETWORKS["conv 3D"]._replace(state=(int(x[-4:-1]),) * 3) for x in LARGE}
 
 
 def residuum_fn(u_next, u_prev):
-    """An implicit Euler step of the heat equation."""
+    """Computes the residual of an implicit Euler step of the heat equation."""
     axes = range(u_next.ndim)
     neighbours = [jnp.roll(u_next, shift, axis) for shift in (1, -1) for axis in axes]
     laplacian = sum(neighbours) - 2 * u_next.ndim * u_next

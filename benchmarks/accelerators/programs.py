@@ -1,4 +1,5 @@
-"""Compiles a program for TPUs and GPUs that are not present, and describes it in a row."""
+"""Compiles programs for TPUs and GPUs that are not present, and describes each program in a
+row."""
 
 import functools
 import importlib.metadata
@@ -9,9 +10,10 @@ import time
 from typing import Any, NamedTuple
 
 
-# No TPU is present to ask the cloud about, and no GPU to check libraries against. Before JAX.
+# The compilers must not ask the cloud about a TPU, or check libraries against a GPU, since
+# neither is present. These variables have to be set before JAX is imported.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody shares a chip here
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no other process uses a chip
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -35,15 +37,15 @@ LOSSES = {"residuum": losses.with_residuum, "plain scan": losses.with_plain_scan
 class Target(NamedTuple):
     kind: str
     topology: str
-    memory_gib: int  # of a chip
+    memory_gib: int  # per chip
 
     @property
     def platform(self):
         return "cuda" if self.kind == "H100" else "tpu"
 
 
-# Memory as in https://docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. The
-# compiler keeps 0.25 GiB of it or more for itself. H100: 80 GB in NVIDIA's data sheet.
+# The memory of TPUs is that of https://docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. The
+# compiler keeps 0.25 GiB of it or more for itself. NVIDIA's data sheet gives an H100 80 GB.
 TARGETS = {
     "v5e:2x2": Target("TPU v5e", "v5e:2x2", 16),
     "v5e:16x16": Target("TPU v5e", "v5e:16x16", 16),
@@ -60,7 +62,8 @@ COMPILERS = {  # the distribution, the extra that installs it, and where it runs
     "cuda": ("jax-cuda12-plugin", "gpu", "Linux"),
 }
 
-# A text proto of what the compiler would ask of the GPU; h100_sxm.txtpb of openxla/xla.
+# This text proto says what the compiler would otherwise ask the GPU. It is h100_sxm.txtpb of
+# openxla/xla.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -104,7 +107,7 @@ def make_topology(name):
         options = dict(target_config=H100, topology=target.topology)
         return topologies.get_topology_desc(platform="cuda", **options)
     options = dict(topology_name=target.topology)
-    if name.endswith(":1x1"):  # a host has four chips, unless one says otherwise
+    if name.endswith(":1x1"):  # the default is four chips per host
         options["chips_per_host_bounds"] = (1, 1, 1)
     return topologies.get_topology_desc(platform="tpu", **options)
 
@@ -130,7 +133,8 @@ class Case(NamedTuple):
 
 
 def make_program(topology, case):
-    """The value and gradient, to be jitted, and the shapes of its arguments."""
+    """Returns the value and gradient as a function to be jitted, and the shapes of its
+    arguments."""
     network = NETWORKS[case.network]
     num_chips = len(topology.devices)
     space = int(re.findall(r"space over (\d+)", case.way)[0]) if "space" in case.way else 1
@@ -178,16 +182,16 @@ def make_program(topology, case):
 
 
 def compile_program(platform, function, args):
-    """Compiles for a machine that is not present, to which the shapes `args` belong."""
-    # Without a GPU, JAX could not tell by itself whether "gpu" is CUDA or ROCm.
+    """Compiles for the machine, which is not present, to which the shapes `args` belong."""
+    # Without a GPU, JAX cannot tell by itself whether "gpu" means CUDA or ROCm.
     lowered = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
-    if platform == "cuda":  # there is nothing to try kernels out on
+    if platform == "cuda":  # there is no GPU on which to try out kernels
         return lowered.compile({"xla_gpu_autotune_level": 0})
     return lowered.compile()
 
 
 def describe_program(target_name, case):
-    """A row of the table."""
+    """Returns a row of the table."""
     target = TARGETS[target_name]
     topology = make_topology(target_name)
     row = dict(
@@ -222,13 +226,14 @@ def describe_program(target_name, case):
         argument_bytes=sizes[1],
         **count_collectives(text),
         instructions=len(re.findall(r"^ .* = ", text, re.MULTILINE)),
-        flops=(compiled.cost_analysis() or {}).get("flops"),  # a GPU's compiler is silent
+        flops=(compiled.cost_analysis() or {}).get("flops"),  # a GPU's compiler gives no figure
         compile_s=round(seconds, 2),
     )
 
 
 def needed_bytes(message):
-    """The figure of a TPU's compiler that refuses a program; None if it is something else."""
+    """Returns the memory in the message of a TPU's compiler that refuses a program, or None if
+    the message says something else."""
     found = re.search(r"memory required .*?\(([\d.]+)([KMGTP]?)\) exceeds", message)
     found = found or re.search(r"Used ([\d.]+)([KMGTP]?) of [\d.]+[KMGTP]? hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
@@ -238,7 +243,7 @@ def needed_bytes(message):
 
 
 #
-# What a program communicates
+# The communication of a program
 #
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -247,11 +252,12 @@ CALL = re.compile(r"\b(body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*
 
 
 def count_collectives(text):
-    """Operations of communication in a compiled program: in loops, and outside of them.
+    """Counts the communication operations of a compiled program, in loops and outside of them.
 
-    In a loop is what is called from the body of a `while`, or from what that calls.
+    Everything that the body of a `while` calls, directly or indirectly, counts as in a loop.
     """
-    # A computation is a line that ends with a brace, and the indented lines that follow.
+    # In the text, a computation is a line that ends with a brace, and the indented lines after
+    # it.
     blocks = re.findall(r"^(?:ENTRY )?%?([\w.-]+)(.*\{\n(?: .*\n)*)", text, re.MULTILINE)
     blocks = dict(blocks)
     calls = {
@@ -277,7 +283,7 @@ def count_collectives(text):
         for result, operation, start in COLLECTIVE.findall(block):
             counts[f"{place}_collectives"] += 1
             sizes = [size_of(*x) for x in re.findall(r"(\w+)\[([\d,]*)\]", result)]
-            # What starts these also returns what goes in.
+            # The operation that starts one of these also returns its input.
             both = start and operation in ("all-gather", "collective-permute")
             counts[f"{place}_bytes"] += max(sizes) if both else sum(sizes)
     return counts

@@ -1,38 +1,41 @@
-"""What one gradient of a rollout takes on TPUs and GPUs: compiled, not run.
+"""How much memory and communication does a gradient of a rollout take on TPUs and GPUs?
 
-XLA can compile for machines that are not present. It reports how much memory a program takes on
-each chip and how the chips communicate. Run times need the machine itself.
+All programs are compiled, and none is run. XLA can compile for a GPU or TPU that is not
+present, and it reports how much memory a program takes on each chip and how the chips
+communicate. Run times need the machine itself.
 
-The study compiles the value and gradient of the same loss in two ways: by `residuum_loss`,
+The benchmark compiles the value and gradient of the same loss in two ways: by `residuum_loss`,
 with its options, and by a plain `jax.lax.scan` as one writes it by hand, with `stop_gradient`
 under a mask where the rollout is cut. Every chip has a batch of the same size, whatever the
-number of chips, unless the state is split over chips as well. The ways onto several chips:
+number of chips, unless the state is split over chips as well. Several chips are used in these
+ways:
 
-- `shard_map`, with parameters that vary: one sum over the chips, at the end;
+- `shard_map`, with parameters that vary: there is one sum over the chips, at the end;
 - `jit`, with sharded data, and nothing else;
-- `jit, a term a chip`: with one term of the loss for each chip;
-- `jit, space over 4`: groups of 4 chips share one batch, each has a quarter of the points.
+- `jit, a term a chip`: the loss has one term per chip;
+- `jit, space over 4`: groups of 4 chips share one batch, and each chip has a quarter of the
+  points.
 
-The columns:
+The rows have these columns:
 
-- `fits`: no, if a chip has less memory than the program needs. A TPU's compiler refuses such a
-  program, and `needed_bytes` is the figure of its message. Everywhere else that is the sum of
-  temporaries, arguments and outputs;
-- `temp_bytes`, `argument_bytes`: of one chip. On a TPU, what fits into the fast memory beside
-  the arithmetic is not counted;
-- `loop_collectives`, `once_collectives`: operations of communication in the program, in the
-  bodies of loops and outside of them; `loop_bytes` and `once_bytes` are the results of these on
-  each chip, for one iteration;
-- `instructions` of the compiled program, which its compile time grows with;
-- `flops`: as the compiler counts them for one chip: the body of a loop counts once;
-- `compile_s`: of tracing and compiling, on the machine that compiles.
+- `fits` is "no" if a program needs more memory than a chip has. A TPU's compiler refuses such a
+  program, and `needed_bytes` is the figure in its message. In all other rows, `needed_bytes` is
+  the sum of temporaries, arguments and outputs;
+- `temp_bytes` and `argument_bytes` are those of one chip. On a TPU, arrays in the fast memory
+  next to the arithmetic units are not counted;
+- `loop_collectives` and `once_collectives` count the communication operations in the program,
+  in the bodies of loops and outside of them. `loop_bytes` and `once_bytes` are the sizes of
+  their results on each chip, for one iteration;
+- `instructions` counts the instructions of the compiled program, with which the compile time
+  grows;
+- `flops` is the compiler's count for one chip, in which the body of a loop counts once;
+- `compile_s` is the time for tracing and compiling, on the machine that compiles.
 
-A compiler that is not installed is left out, and the program says how to install it. What the
-output file has of other targets and networks stays there.
+If a compiler is not installed, its targets are left out, and the program says how to install
+it. Rows of other targets and networks stay in the output file. Without `--networks`, only the
+MLP is compiled for a TPU.
 
-    python -m benchmarks.accelerators.run                      everything, about 10 minutes: for
-                                                               a TPU the MLP, unless
-                                                               `--networks` says
+    python -m benchmarks.accelerators.run                      everything, about 10 minutes
     python -m benchmarks.accelerators.run --quick              a selection, a minute
     python -m benchmarks.accelerators.run --target v5e:2x2     one target
     python -m benchmarks.accelerators.draw                     the figure, from the rows
@@ -53,14 +56,14 @@ from benchmarks.accelerators.programs import (
 
 
 STEPS = (10, 100, 1000)
-# What is compiled with every option. Of other networks and targets there are few rows.
+# These networks are compiled with every option. Other networks and targets have few rows.
 EVERYTHING = {
     "v5e:2x2": SMALL,
     "v5e:16x16": ("MLP",),
     "H100:1": SMALL,
     "H100:8": SMALL,
 }
-CHECKPOINT_EVERY = {100: 10, 1000: 25}  # near the root, and a divisor
+CHECKPOINT_EVERY = {100: 10, 1000: 25}  # near the square root, and a divisor
 FEW = [("plain scan", False, {}), ("residuum", False, dict(checkpoint=True))]
 FEW += [("residuum", 1, {})]
 FIELDS = ["target", "kind", "chips", "network", "way", "loss", "cut", "options"]
@@ -99,7 +102,7 @@ def select_cases(target_name, quick=False):
 
 
 def select_options(num_steps):
-    """Loss, cut and options."""
+    """Yields loss, cut and options."""
     for k in (False, 1, 5):
         yield "plain scan", k, {}
         yield "residuum", k, {}
@@ -109,7 +112,8 @@ def select_options(num_steps):
 
 
 def default_networks(target_name):
-    """A TPU's compiler takes up to two minutes for each program of the others."""
+    """Returns only the MLP for a TPU, whose compiler takes up to two minutes for each program
+    of the other networks."""
     return ("MLP",) if TARGETS[target_name].platform == "tpu" else tuple(NETWORKS)
 
 

@@ -1,9 +1,10 @@
 """How slow are convolutions in a loop on a CPU, and what do the remedies gain?
 
-A rollout is compiled in three ways: as a loop, as a loop with canonical convolutions
-(examples/canonical_convolutions.py), and unrolled (`unroll=True`). Compile time, memory and run
-time are those of the loss and of its gradients, for convolutional networks in 1D and 2D. The
-table, which is printed from the rows of the CSV file, is in docs/cost.md.
+A rollout is compiled in three ways: as a loop, as a loop with canonical convolutions, i.e.,
+convolutions rewritten to the layout that XLA's CPU kernels need
+(examples/canonical_convolutions.py), and unrolled (`unroll=True`). The benchmark measures
+compile time, memory and run time of the loss and of its gradients, for convolutional networks
+in 1D and 2D. It prints the table from the rows of the CSV file. docs/cost.md shows the table.
 
     python -m benchmarks.convolutions_on_cpu.run             on an idle machine
     python -m benchmarks.convolutions_on_cpu.run --quick     a selection, to see that it runs
@@ -40,7 +41,8 @@ class ConvNet(eqx.Module):
 
 
 class UNet(eqx.Module):
-    """Two levels in 2D: a strided convolution down, a transposed convolution up."""
+    """A U-Net with two levels in 2D: a strided convolution down, and a transposed convolution
+    up."""
 
     first: eqx.nn.Conv2d
     down: eqx.nn.Conv2d
@@ -63,7 +65,7 @@ class UNet(eqx.Module):
 
 
 def problems():
-    """Networks, and initial conditions `[batch, 1, channels, *space]`."""
+    """Returns networks, and initial conditions `[batch, 1, channels, *space]`."""
     keys = jax.random.split(jax.random.key(0), 3)
     draw = lambda *space: jax.random.normal(keys[2], (BATCH_SIZE, 1, 1, *space))
     return {
@@ -77,13 +79,13 @@ def heat_residuum(u_next, u_prev):
     return losses.heat_residuum(u_next, u_prev, axes=range(1, u_next.ndim))
 
 
-# What is computed: a transform of the loss, and the cut
+# Each case is a transformation of the loss, and a cut.
 CASES = {
     "forward": (lambda f: f, False),
     "gradient": (jax.grad, False),
     "gradient, bptt=1": (jax.grad, 1),
 }
-# How it is computed: a transform, and the options of `residuum_loss`
+# Each way of computing a case is a transformation, and options of `residuum_loss`.
 WAYS = {
     "loop": (lambda f: f, {}),
     "canonical": (canonical_convolutions, {}),
@@ -128,7 +130,7 @@ def measure(case, network, data, num_steps, rounds):
 
 
 def csv_rows(name, case, num_steps, row, difference):
-    """One for each way. `difference` is the same in all of them."""
+    """Yields one row for each way. `difference` is the same in all of them."""
     for way, (compile_time, memory, run_time) in row.items():
         yield dict(
             network=name,
@@ -144,7 +146,7 @@ def csv_rows(name, case, num_steps, row, difference):
 
 
 def table_of(rows):
-    """`{(network, case): {way: row}}`."""
+    """Returns `{(network, case): {way: row}}`."""
     table = {}
     for row in rows:
         table.setdefault((row["network"], row["case"]), {})[row["way"]] = row
@@ -152,7 +154,7 @@ def table_of(rows):
 
 
 def markdown(rows):
-    """Each cell has compile time, memory and run time."""
+    """Makes the table, with compile time, memory and run time in each cell."""
     lines = []
     for (name, case), ways in table_of(rows).items():
         cells = [

@@ -1,4 +1,4 @@
-"""residuum and its baselines, compiled."""
+"""Compiles residuum and its baselines."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from benchmarks import losses
 from benchmarks.rollout_cost.networks import heat_residuum
 
 
-# PyTorch's idle threads would spin for a while and disturb whoever runs next.
+# PyTorch's idle threads would spin for a while and disturb the program that runs next.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 try:
@@ -26,9 +26,9 @@ except ImportError:
 
 BASELINES = ("residuum", "trainax", "scan", "segments", "equinox")
 BASELINES += ("torch", "torch.compile", "limit")
-CONVOLUTIONAL = ("FNO", "conv 1D", "conv 2D", "U-Net")  # of an FNO those of width 1
-CHECKPOINT_EVERY = {50: 10, 200: 20, 1000: 25}  # near the root, and a divisor
-# What is left out because it takes too long
+CONVOLUTIONAL = ("FNO", "conv 1D", "conv 2D", "U-Net")  # an FNO has pointwise (width-1) ones
+CHECKPOINT_EVERY = {50: 10, 200: 20, 1000: 25}  # near the square root, and a divisor
+# Longer rollouts are left out because they take too long.
 MAX_PYTHON_LOOP = {"MLP": 50, "FNO": 50, "conv 1D": 50, "conv 2D": 50, "U-Net": 5}
 MAX_TORCH = 50
 
@@ -49,7 +49,8 @@ def equinox_scan(step, init, xs):
 
 
 def select_baselines(network_name, cut_name, num_steps, derivative):
-    """The loss of residuum and of each baseline, and the transformation of its derivative."""
+    """Returns the losses of residuum and of each baseline, each with a transformation of its
+    derivative."""
     baselines = {"residuum": losses.with_residuum}
     if num_steps > 1:
         if cut_name == "no cut":
@@ -79,7 +80,8 @@ def select_baselines(network_name, cut_name, num_steps, derivative):
     return selected
 
 
-# Of a function `loss` of the parameters. What comes first is compared before it is timed
+# These are derivatives of a function `loss` of the parameters. The first result is compared
+# between the baselines before their run times are measured.
 DERIVATIVES = {
     "gradient": lambda loss, params: jax.value_and_grad(loss)(params),
     "forward": lambda loss, params: jax.jvp(loss, (params,), (params,))[::-1],
@@ -118,7 +120,8 @@ def compile_baseline(
 
 
 def torch_step(name):
-    """The time step, a function of network and state. Returns the next state and its loss."""
+    """Returns the time step as a function of network and state. The step returns the next state
+    and its loss."""
     nn = torch.nn.functional
 
     def convolve(layer, x):
@@ -155,7 +158,8 @@ def torch_step(name):
 
 
 def torch_programs(name, network, data, num_steps, k, derivative):
-    """The programs, unless the network has no twin here, or the rollout is long."""
+    """Returns the programs of PyTorch, or none if the network has no PyTorch twin or the
+    rollout is long."""
     if torch is None or name == "U-Net" or num_steps > MAX_TORCH:
         return {}
     params, static = eqx.partition(network, eqx.is_array)
@@ -165,7 +169,7 @@ def torch_programs(name, network, data, num_steps, k, derivative):
     step = torch_step(name)
 
     def segments(step, params):
-        """The loss of one segment after the other."""
+        """Yields the loss of one segment after the other."""
         twin = eqx.combine(jax.tree.unflatten(treedef, params), static)
         segment_loss, u_prev = 0.0, u_0
         for t in range(num_steps):
@@ -185,7 +189,8 @@ def torch_programs(name, network, data, num_steps, k, derivative):
         return total
 
     if derivative == "gradient":
-        # What was compiled is kept by the code of `step`, which is the same for all networks.
+        # The code of `step`, which is the same for all networks, would keep what was compiled
+        # before.
         torch.compiler.reset()
         compiled_step = torch.compile(step)
         return {
@@ -200,6 +205,7 @@ def torch_programs(name, network, data, num_steps, k, derivative):
 
 
 def start_torch_compiler():
-    """The first compilation of a process takes seconds more than any other."""
+    """Compiles once, because the first compilation of a process takes seconds longer than any
+    other."""
     x = torch.ones(8, requires_grad=True)
     torch.compile(lambda x: torch.sum(x**2))(x).backward()

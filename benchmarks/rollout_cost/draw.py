@@ -13,13 +13,13 @@ from benchmarks import tables
 from benchmarks.labels import label_ends, SIZE
 
 
-COLUMNS = {  # of the figure, and their units
+COLUMNS = {  # the columns of the figure, and their units
     "compile_s": ("trace and compile time", "s"),
     "temp_bytes": ("temporary memory", "B"),
     "step_s": ("run time per step", "s"),
 }
 BASELINES = ("trainax", "scan", "segments", "equinox", "torch", "torch.compile", "limit")
-# Okabe and Ito, colour-blind safe; ours is the thick line.
+# The colours of Okabe and Ito are safe for colour-blind people. The thick line is residuum.
 STYLES = {
     "trainax": dict(color="#D55E00"),
     "scan": dict(color="#009E73"),
@@ -33,7 +33,7 @@ STYLES = {
 
 
 def as_numbers(rows):
-    """Rows as `tables.read_csv` returns them, with the run time of a step."""
+    """Converts rows of `tables.read_csv` to numbers, and adds the run time per step."""
     for row in rows:
         row["num_rollout_steps"] = int(row["num_rollout_steps"])
         for name in ("trace_s", "compile_s", "temp_bytes", "run_s"):
@@ -50,7 +50,8 @@ def as_numbers(rows):
 
 
 def select_lines(rows, network, cut):
-    """The rows of each line: with canonical convolutions, for a network that has them."""
+    """Returns the rows of each line. A network with canonical convolutions is shown with
+    them."""
     lines = collections.defaultdict(list)
     for row in rows:
         if (row["network"], row["cut"], row["derivative"]) == (network, cut, "gradient"):
@@ -61,7 +62,7 @@ def select_lines(rows, network, cut):
             shown[baseline] = lines.get(f"{baseline}, canonical", lines[baseline])
     if "residuum, canonical" in lines:
         shown["plain loop"] = lines["residuum"]
-    if "torch" in shown and "torch.compile" in shown:  # the faster one
+    if "torch" in shown and "torch.compile" in shown:  # keeps the faster one
         last = lambda baseline: shown[baseline][-1]["run_s"]
         del shown["torch" if last("torch.compile") < last("torch") else "torch.compile"]
     return shown
@@ -121,7 +122,8 @@ def draw_panel(axis, lines, column):
         ends[baseline] = (x[-1], y[-1], style["color"], baseline == "residuum")
     if values:
         low, high = min(values), max(values)
-        # At least a factor of four, lest rounding errors look like hills.
+        # An axis spans at least a factor of four, so that small fluctuations do not look like
+        # hills.
         room = max(4 / (high / low), 1.8) ** 0.5
         axis.set_ylim(low / room, high * room)
         axis.set_yticks(select_ticks(*axis.get_ylim()))
@@ -155,7 +157,8 @@ CELL = {
 
 
 def markdown(rows, header, name):
-    """A line for each group of rows of the same `name(row)`, and choice of our options.
+    """Makes a table with a line for each group of rows of the same `name(row)` and each choice
+    of residuum's options.
 
     Each cell has compile time, memory and run time, in bold where a baseline is ahead of all
     options of residuum in the group by more than 5 %.
@@ -177,7 +180,7 @@ def markdown(rows, header, name):
         }
         for baseline, row in ours.items():
             options = baseline.removeprefix("residuum").removeprefix(", ")
-            # The baselines have no options but the canonical convolutions.
+            # Canonical convolutions are the only option that the baselines have.
             suffix = {"": "", "canonical": ", canonical"}.get(options)
             options = options.replace("=", " = ").replace("canonical", "canonical convolutions")
             cells = [write_cell(row)]
@@ -200,7 +203,8 @@ def write_cell(row, best=None):
 
 
 def all_tables(rows, cuts=("no cut", "bptt=1", "bptt=5"), num_steps=50):
-    """That of the gradient, and that of the other derivatives if there are any."""
+    """Makes the table of the gradient, and the table of the other derivatives if there are
+    any."""
     selected = [row for row in rows if row["num_rollout_steps"] == num_steps]
     selected = [row for row in selected if row["cut"] in cuts]
     gradients = [row for row in selected if row["derivative"] == "gradient"]

@@ -1,4 +1,4 @@
-"""The problem, and the networks whose gradient is measured."""
+"""Defines the problem, and the networks whose gradient is measured."""
 
 import equinox as eqx
 import jax
@@ -8,12 +8,12 @@ from benchmarks import losses
 
 
 BATCH_SIZE = 16
-NUM_POINTS = 128  # in 1D; 32² in 2D
+NUM_POINTS = 128  # in 1D, and 32² in 2D
 NAMES = ("MLP", "FNO", "conv 1D", "conv 2D", "U-Net")
 
 
 def heat_residuum(u_next, u_prev, roll=jnp.roll):
-    """Of one sample, or of a batch."""
+    """Computes the residual of one sample, or of a batch."""
     axes = (-1,) if u_next.shape[-1] == NUM_POINTS else (-2, -1)
     return losses.heat_residuum(u_next, u_prev, axes, roll)
 
@@ -84,7 +84,7 @@ class FNO(eqx.Module):
 
 
 def unet(key):
-    import pdequinox  # which is installed for the benchmarks, and not for their tests
+    import pdequinox  # the benchmarks need this package, and their tests do not
 
     return pdequinox.arch.ClassicUNet(1, 1, 1, hidden_channels=8, key=key)
 

@@ -1,58 +1,64 @@
-"""What one gradient of a rollout costs: residuum and its baselines, side by side.
+"""What does one gradient of a rollout cost, with residuum and with its baselines?
 
-The study measures trace and compile time, temporaries (`temp_size_in_bytes`, deterministic) and
-run time of the value and gradient of the same loss, on the same networks and data. All programs
-of a case run in one process and take turns, so that the noise of the machine hits all alike;
-run times are medians. Before they are timed, all programs have to return the same loss.
+The benchmark measures trace and compile time, temporaries (`temp_size_in_bytes`, which is
+deterministic) and run time of the value and gradient of the same loss, on the same networks and
+data. All programs of a case run in one process and take turns, so that the noise of the machine
+affects all of them alike. Run times are medians. Before they are timed, all programs have to
+return the same loss.
 
-residuum and the baselines, as the column `baseline` of the CSV file names them:
+The column `baseline` of the CSV file has these names:
 
-- `residuum`, with its defaults, and with the options that its user would choose:
-  `checkpoint=True` or, for 50 steps and more, `checkpoint=k` with k near the root of their
-  number, where nothing is cut; `unroll=5` for segments of 5 steps; and `unroll=True` for
-  convolutions on a CPU;
-- `trainax`: `trainax.configuration.Residuum`, a Python loop;
-- `scan`: a `jax.lax.scan` as one writes it by hand, with `stop_gradient` under a mask;
-- `segments`: what one writes by hand to save memory, a scan over segments, each of which is a
+- `residuum` is `residuum_loss` with its defaults, and with the options that its user would
+  choose. Where nothing is cut, these are `checkpoint=True` and, for 50 steps and more,
+  `checkpoint=k` with k near the square root of the number of steps. For segments of 5 steps,
+  the option is `unroll=5`, and for convolutions on a CPU, it is `unroll=True`;
+- `trainax` is `trainax.configuration.Residuum`, a Python loop;
+- `scan` is a `jax.lax.scan` as one writes it by hand, with `stop_gradient` under a mask;
+- `segments` is what one writes by hand to save memory: a scan over segments, each of which is a
   `jax.checkpoint` of a scan over its steps and ends in `stop_gradient`. Where nothing is cut,
-  they are as long as the blocks of `checkpoint=k`, or of one step;
-- `equinox`: as `scan`, but with `equinox.internal.scan(kind="checkpointed")`;
-- `torch`: eager PyTorch with a `backward()` for each segment, if it is installed;
-- `torch.compile`: the same with the time step, i.e., network and residuum, compiled, without
-  what earlier runs left in its caches. Its compile time is that of the first call less a later
+  the segments are as long as the blocks of `checkpoint=k`, or have one step;
+- `equinox` is like `scan`, but with `equinox.internal.scan(kind="checkpointed")`;
+- `torch` is eager PyTorch, with a `backward()` for each segment, if PyTorch is installed;
+- `torch.compile` is `torch` with a compiled time step, i.e., network and residual. Caches of
+  earlier runs are not used. The compile time is that of the first call minus that of a later
   one, in a process that has compiled before;
-- `limit`: as many calls of a jitted one-step value and gradient as there are steps;
-- `..., canonical`: of a convolutional network, the same with `canonical_convolutions` of
-  `examples/canonical_convolutions.py`. `unroll=True` has no such row, since it contains no
-  loop. Neither does trainax, which has such a row to show that nothing changes.
+- `limit` is as many calls of a jitted one-step value and gradient as there are steps;
+- `..., canonical` is the same program of a convolutional network, but with
+  `canonical_convolutions` of `examples/canonical_convolutions.py`. `unroll=True` has no such
+  row, since it contains no loop. trainax contains no loop either, but has such a row to show
+  that nothing changes.
 
-Derivatives other than the gradient are measured for the MLP and 50 steps: `forward` is
-`jax.jvp` of the loss with respect to the parameters, and `hvp` a Hessian-vector product,
-forward over reverse. The direction is the parameters themselves. The checkpointed scan of
-equinox has no forward mode.
+Other derivatives are measured for the MLP and 50 steps: `forward` is `jax.jvp` of the loss with
+respect to the parameters, and `hvp` is a Hessian-vector product, forward over reverse. The
+direction is the parameters themselves. The checkpointed scan of Equinox has no forward mode.
 
-What is left out for the sake of time: Python loops, and PyTorch, of more than 50 steps (a
-U-Net: 5, and no PyTorch); more than 200 steps of convolutions in 2D, and 50 of the U-Net;
-`bptt=5` for these two, and for the others at all lengths but 50. `--cuts` and `--steps` measure
-more. A program that would run for more than 20 s, estimated from the shorter rollouts, is
-compiled but not run: of convolutions in 2D only the canonical ones run for 50 steps and more.
+The following is left out to save time:
 
-What this shows on two CPU cores:
+- Python loops and PyTorch with more than 50 steps. For the U-Net, Python loops with more than 5
+  steps and all of PyTorch are left out;
+- more than 200 steps of convolutions in 2D, and more than 50 steps of the U-Net;
+- `bptt=5` for these two networks, and for the others at all lengths but 50.
 
-- Truncated and streamed, a gradient needs the memory of one segment, at the same arithmetic
-  as the plain scan. It takes two thirds of the run time of the plain scan, or more, up to the
-  same time within a few percent. With convolutions that are not canonical, it takes up to 1.15
+`--cuts` and `--steps` measure more. A program that would run for more than 20 s, as estimated
+from shorter rollouts, is compiled but not run. For convolutions in 2D, only programs with
+canonical convolutions run for 50 steps and more.
+
+On two CPU cores, the benchmark shows the following:
+
+- A truncated and streamed gradient needs the memory of one segment, at the same arithmetic as
+  the plain scan. Its run time is between two thirds of that of the plain scan and the same
+  time, within a few percent. With convolutions that are not canonical, it takes up to 1.15
   times as long.
-- A convolution in a loop body (jax-ml/jax#12868) costs more than all else: with JAX 0.12, in
-  the ConvNets and the U-Net 6 to 35 times the run time of `unroll=True`, which compiles as long
-  as trainax does. Canonical, it takes 0.9 to 1.2 times the run time of `unroll=True`, and
-  compiles as fast as any loop.
-- In segments of 5 steps, JAX stacks what each step leaves for the backward pass. `unroll=5` is
-  faster for the canonical convolution in 1D, about as fast for the FNO, and slower for the MLP
-  and for the convolution that is not canonical.
-- `torch.compile` compiles all networks that PyTorch takes part with, without a graph break. In
-  the FNO it has no code for complex numbers, says so, and calls the kernels of eager PyTorch
-  there, as it does for convolutions.
+- A convolution in the body of a loop (jax-ml/jax#12868) costs more than all else. With JAX
+  0.12, the ConvNets and the U-Net take 6 to 35 times the run time of `unroll=True`, which
+  compiles as long as trainax does. With canonical convolutions, they take 0.9 to 1.2 times the
+  run time of `unroll=True`, and compile as fast as any loop.
+- In segments of 5 steps, JAX stacks the arrays that each step leaves for the backward pass.
+  `unroll=5` is faster for the canonical convolution in 1D, about as fast for the FNO, and
+  slower for the MLP and for the convolution that is not canonical.
+- `torch.compile` compiles all networks that PyTorch takes part with, without a graph break. It
+  has no code for the complex numbers of the FNO, says so, and calls the kernels of eager
+  PyTorch there, as it does for convolutions.
 
     python -m benchmarks.rollout_cost.run            everything, about 45 minutes on two cores
     python -m benchmarks.rollout_cost.run --quick    a selection, a minute (PyTorch: one more)
@@ -85,18 +91,18 @@ from benchmarks.rollout_cost.networks import make_problems, NAMES
 
 
 CUTS = {"no cut": False, "bptt=1": 1, "bptt=5": 5}
-NUM_STEPS = {  # unless `--steps` says otherwise
+NUM_STEPS = {  # the defaults of `--steps`
     "no cut": (1, 5, 50, 200, 1000),
     "bptt=1": (5, 50, 200, 1000),
     "bptt=5": (50,),
 }
 
-# What is left out because it takes too long or too much memory
-FEW_CUTS = ("conv 2D", "U-Net")  # no `bptt=5`, unless `--cuts` says otherwise
+# These cases are left out because they take too long or too much memory.
+FEW_CUTS = ("conv 2D", "U-Net")  # no `bptt=5`, unless `--cuts` asks for it
 MAX_STEPS = {"MLP": 1000, "FNO": 1000, "conv 1D": 1000, "conv 2D": 200, "U-Net": 50}
 MAX_TEMPORARIES = 4e9
 MAX_RUN_S = 20
-ROUNDS = {5: 1, 2: 3, 0: 5}  # what runs so many seconds runs so often, at least
+ROUNDS = {5: 1, 2: 3, 0: 5}  # run time in seconds: least number of runs
 
 
 #
@@ -111,10 +117,11 @@ def flatten(value):
 def measure(
     name, network, data, cut_name, num_steps, derivative, baselines, limit, seconds, step_s
 ):
-    """A row of the table for each of `baselines`, and for each choice of residuum's options.
+    """Returns a row of the table for each of `baselines`, and for each choice of residuum's
+    options.
 
-    `step_s` has their run times for each time step, from the shorter rollouts; that of this
-    rollout is added.
+    `step_s` holds their run times per time step in shorter rollouts, and receives that of this
+    rollout.
     """
     k = CUTS[cut_name]
     programs, rows = {}, {}
@@ -126,7 +133,7 @@ def measure(
         program, rows[baseline] = compile_baseline(
             loss, network, data, num_steps, k, derivative, transform
         )
-        similar = re.sub(r"=\d+", "", baseline)  # of another k
+        similar = re.sub(r"=\d+", "", baseline)  # with another k
         is_fast = step_s.get(similar, 0) * num_steps <= MAX_RUN_S
         if is_fast and rows[baseline]["temp_bytes"] <= MAX_TEMPORARIES:
             programs[baseline] = program
@@ -140,7 +147,7 @@ def measure(
         rows["torch.compile"]["compile_s"] = calls[0] - calls[-1]
 
     values = {baseline: flatten(program()) for baseline, program in programs.items()}
-    # An untrained network diverges in a longer rollout, and then there is nothing to compare.
+    # An untrained network diverges in a longer rollout, and then nothing can be compared.
     for baseline, value in values.items() if num_steps <= 50 else ():
         expected = next(iter(values.values()))
         error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
@@ -173,7 +180,8 @@ FIELDS = [*CASE, "baseline", "trace_s", "compile_s", "temp_bytes", "run_s", "mac
 
 
 def merge(old_rows, new_rows):
-    """Replaces old rows of the same case and baseline; other new rows end their case."""
+    """Replaces old rows of the same case and baseline. Other new rows go to the end of their
+    case."""
     case = lambda row: tuple(str(row[field]) for field in CASE)
     rows = {(case(row), row["baseline"]): row for row in [*old_rows, *new_rows]}
     cases = list(dict.fromkeys(map(case, rows.values())))
@@ -181,10 +189,9 @@ def merge(old_rows, new_rows):
 
 
 def select_cases(name, cuts, steps):
-    """Cut, number of steps and derivative of all that is measured for a network.
+    """Yields cut, number of steps and derivative of everything that is measured for a network.
 
-    What the options do not ask for, where they are `None`, is selected such that it takes
-    half an hour.
+    Options that are `None` get defaults with which everything takes half an hour.
     """
     for cut in cuts or CUTS:
         if cuts is None and cut == "bptt=5" and name in FEW_CUTS:

@@ -1,9 +1,10 @@
-"""How much faster is a plain scan where there is almost nothing to compute?
+"""How much faster is a plain scan if there is almost nothing to compute?
 
-One gradient of a rollout at batch 1, of an MLP so small that the overhead of a loop counts: by
-`residuum_loss`, by the same with `unroll=k`, and by a `jax.lax.scan` of a few lines with the
-same cuts. The three run in turn in one process, on one core. The CSV file has the median of
-each run time, docs/cost.md the largest ratio.
+The benchmark measures one gradient of a rollout at batch 1, of an MLP so small that the
+overhead of a loop counts. The loss is computed by `residuum_loss`, by `residuum_loss` with
+`unroll=k`, and by a `jax.lax.scan` of a few lines with the same cuts. The three programs run in
+turns in one process, on one core. The CSV file has the median of each run time, and
+docs/cost.md the largest ratio.
 
     python -m benchmarks.tiny_networks.run             two minutes
     python -m benchmarks.tiny_networks.run --quick     one network, 20 steps
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from benchmarks import losses, machine, tables
 
 
-SIZES = {3: 8, 8: 8, 16: 16, 32: 32}  # of the state, and of the hidden layer
+SIZES = {3: 8, 8: 8, 16: 16, 32: 32}  # state size: hidden size
 NUM_STEPS = (20, 100, 1000)
 BPTT = (1, 2, 3, 4, 8)
 heat_residuum = partial(losses.heat_residuum, axes=[0])
@@ -42,7 +43,7 @@ def ways(bptt):
 
 
 def measure(case, rounds):
-    """The median run time [s] of a gradient in each of the three ways."""
+    """Measures the median run time [s] of a gradient in each of the three ways."""
     size, num_steps, bptt = case
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (SIZES[size], size)
@@ -57,7 +58,7 @@ def measure(case, rounds):
         name: lambda f=program: jax.block_until_ready(f(params, data))
         for name, program in programs.items()
     }
-    # The first runs compile, and let the processor's clock settle.
+    # The first runs compile the programs and let the processor's clock settle.
     machine.medians_in_turns(calls, lambda times: len(times) >= 10)
     medians = machine.medians_in_turns(calls, lambda times: len(times) >= rounds)
     seconds = {f"{name}_s": median for name, median in medians.items()}
@@ -73,7 +74,7 @@ def main():
     cases = [*itertools.product(SIZES, NUM_STEPS, BPTT)]
     cases = cases[:2] if args.quick else cases
     rows = []
-    # One worker: nothing else runs.
+    # There is one worker, so nothing else runs.
     for row in machine.on_single_cores(partial(measure, rounds=args.rounds), cases, 1):
         ratios = [row[way] / row["scan_s"] for way in ("residuum_s", "residuum_unrolled_s")]
         print(*list(row.values())[:3], *(f"{ratio:.2f}" for ratio in ratios), flush=True)

@@ -1,10 +1,11 @@
-"""Accelerators that are not present: XLA compiles for them, and reports memory and
-communication.
+"""XLA can compile for accelerators that are not present, and it reports memory and
+communication. These tests read its reports.
 
-A TPU's compiler is libtpu, for x86-64 Linux (`pip install ".[test,tpu]"`), and that of an
-NVIDIA GPU a plugin of JAX (`".[test,gpu]"`). Without them only the export is tested here. What
-no compiler reports needs the device: values and gradients, which all other test files verify on
-the device that they run on (`JAX_PLATFORMS=cuda,cpu python -m pytest`), and speed.
+The compiler of a TPU is libtpu, for x86-64 Linux (`pip install ".[test,tpu]"`), and the
+compiler of an NVIDIA GPU is a plugin of JAX (`".[test,gpu]"`). Without these compilers, only
+the export is tested here. Values, gradients and speed need the device itself. All other test
+files verify values and gradients on the device that they run on (`JAX_PLATFORMS=cuda,cpu python
+-m pytest`).
 """
 
 import concurrent.futures
@@ -37,7 +38,7 @@ def is_installed(target):
 
 
 def on(*targets):
-    """Tests of these targets, which are skipped without a compiler."""
+    """Parametrises a test with these targets, and skips a target without a compiler."""
     reason = "needs a compiler: see the top of this file"
     marks = {t: pytest.mark.skipif(not is_installed(t), reason=reason) for t in targets}
     return pytest.mark.parametrize("target", [pytest.param(t, marks=marks[t]) for t in targets])
@@ -47,23 +48,23 @@ on_all_targets, on_tpu = on(*COMPILERS), on("v5e:2x2")
 
 
 #
-# A process of its own: what a compiler needs of the environment and of JAX's configuration is
-# not what the other tests need, and if it crashes, the tests of this file alone fail
+# Compilers run in a separate process: they need another environment and another configuration
+# of JAX than the other tests, and if a compiler crashes, only the tests of this file fail
 #
 
 
 @pytest.fixture(scope="module")
 def compiler():
-    """Calls a function of this module where compilers may be loaded."""
+    """Calls a function of this module in a process where compilers may be loaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         patch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # programs that never run
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # the programs never run
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(1, context, as_users_have_it)
-        pool.submit(int).result()  # starts it
+        pool.submit(int).result()  # starts the process
     with pool:
         yield lambda *call, **options: pool.submit(*call, **options).result()
 
@@ -75,7 +76,7 @@ def as_users_have_it():
 
 
 def describe(target, network, cut, num_steps, way="shard_map", loss="residuum", **options):
-    """What the benchmark says of a program."""
+    """Returns the benchmark's description of a program."""
     from benchmarks.accelerators import programs as accelerators
 
     mlp = accelerators.NETWORKS["MLP"]
@@ -101,7 +102,8 @@ OPTIONS = [
 
 
 def evaluate_everything(params, data, masks, cut, **options):
-    """The loss of a state with leaves of every kind: real, complex, narrow, integer."""
+    """Evaluates the loss of a state with leaves of every kind: real, complex, narrow,
+    integer."""
 
     def stepper(state):
         u = jnp.tanh(params["w"] @ state["u"] + state["narrow"][0].astype(jnp.float32))
@@ -119,7 +121,8 @@ def evaluate_everything(params, data, masks, cut, **options):
 
 
 def values_and_grads(cut, all_options, params, data, masks):
-    """One program for all: what takes the compiler's time is how many there are."""
+    """Computes all values and gradients in a single program, because the compiler's time grows
+    with the number of programs."""
     return [
         jax.value_and_grad(
             functools.partial(evaluate_everything, cut=cut, **options),
@@ -130,7 +133,8 @@ def values_and_grads(cut, all_options, params, data, masks):
 
 
 def inputs_of_every_kind(make, batch=8):
-    """Params, data and masks, by `make(shape, dtype, is_batch)`."""
+    """Returns params, data and masks, each array of which comes from `make(shape, dtype,
+    is_batch)`."""
     params = {
         "w": make((4, 4), jnp.float32, False),
         "z": make((3,), jnp.complex64, False),
@@ -146,7 +150,8 @@ def inputs_of_every_kind(make, batch=8):
 
 
 def compile_every_option(target, cut):
-    """Names of the dtypes that each program returns."""
+    """Compiles every combination of options with this cut, and returns the names of the dtypes
+    in each result."""
     import numpy as np
 
     from benchmarks.accelerators import programs as accelerators
@@ -179,7 +184,8 @@ def test_every_combination_of_options_compiles(compiler, target, cut):
 
 @pytest.mark.parametrize("cut", also_slow("1", "2", slowly=["none", "mask", "prev"]))
 def test_exports_for_all_platforms_at_once(cut):
-    """Needs no compiler. On the platform at hand it comes back and computes the same."""
+    """A program exported for all platforms at once computes the same on the platform at hand
+    after it is read back. This test needs no compiler."""
     ones = lambda shape, dtype, _: jnp.ones(shape, dtype)
     inputs = inputs_of_every_kind(ones, batch=2)
     options = [o for o in OPTIONS if o["has_aux"] and o["num_rollout_steps"] > 1]
@@ -211,14 +217,15 @@ PARAMS = 2 * (128 * 512 + 512 * 512) * 4
 
 
 def growth(compiler, target, *args, network="MLP", steps=(1000, 2000), **options):
-    """Bytes of a chip for each further step."""
+    """Returns how many bytes of a chip each further step takes."""
     sizes = [compiler(describe, target, network, False, n, *args, **options) for n in steps]
     return (sizes[1]["temp_bytes"] - sizes[0]["temp_bytes"]) / (steps[1] - steps[0])
 
 
 @on_all_targets
 def test_memory_grows_by_activations_or_by_states(compiler, target):
-    """The formulas of docs/scaling_out.md: T A and T S, which are proportional to the batch."""
+    """Without a cut, memory grows as docs/scaling_out.md says: by T A without `checkpoint` and
+    by T S with it. A and S are proportional to the batch size."""
     activations = growth(compiler, target)
     assert activations > 5 * STATE
     assert growth(compiler, target, "shard_map", "plain scan") > 5 * STATE
@@ -231,8 +238,9 @@ def test_memory_grows_by_activations_or_by_states(compiler, target):
 def test_memory_with_checkpoint_k_grows_by_one_state_for_k_steps_and_one_for_each_of_k(
     compiler, target
 ):
-    """The formula of docs/scaling_out.md: (T / k + k) S."""
-    # So many that the fast memory of a TPU, which is not counted, does not hold them.
+    """With `checkpoint=k`, memory grows by (T / k + k) S, as docs/scaling_out.md says."""
+    # With so many steps, the states do not fit into the fast memory of a TPU, which is not
+    # counted.
     options = dict(steps=(40_000, 80_000), checkpoint=20)
     assert growth(compiler, target, **options) == pytest.approx(STATE / 20, rel=0.1)
     short, long = (
@@ -247,7 +255,8 @@ def test_memory_with_checkpoint_k_grows_by_one_state_for_k_steps_and_one_for_eac
 def test_the_program_grows_neither_with_steps_nor_with_batch_or_chips(
     compiler, target, cut, options
 ):
-    """Nor does what the chips say to each other, which is the sum of the gradients."""
+    """Neither the program nor the communication between chips, which is the sum of the
+    gradients, grows with the number of steps, the batch size, or the number of chips."""
     larger = {"v5e:2x2": "v5e:16x16"}
     programs = [(target, "MLP", 100), (target, "MLP", 1000)]
     programs += [(target, "MLP, twice the batch", 100)]
@@ -265,7 +274,8 @@ def test_the_program_grows_neither_with_steps_nor_with_batch_or_chips(
 @on_tpu
 @slow
 def test_rematerialisation_saves_memory_in_an_unrolled_rollout(compiler, target):
-    """On a GPU it does not: its compiler computes all activations again, but early."""
+    """Rematerialisation saves memory in an unrolled rollout on a TPU. On a GPU it does not,
+    because the compiler recomputes all activations ahead of their use."""
     stored, again = (
         compiler(describe, target, "MLP", False, 100, **options)
         for options in (dict(unroll=True), dict(unroll=True, checkpoint=True))
@@ -294,12 +304,12 @@ def test_communication_is_as_documented(compiler, target, way, bptt):
     once, in_loops = row["once_collectives"], row["loop_collectives"]
     if way == "jit":
         assert in_loops > 0
-        # For segments of one step both compilers move the sum of the gradients out of the loop
-        # by themselves; that of the loss stays.
+        # For one-step segments, both compilers move the sum of the gradients out of the loop on
+        # their own. Only the sum of the loss stays in the loop.
         assert row["loop_bytes"] < 100 if bptt == 1 else row["loop_bytes"] > 0.9 * PARAMS
     else:
         assert in_loops == 0
-        assert 1 <= once <= 5  # at most one for each layer, and one for the loss
+        assert 1 <= once <= 5  # at most one per layer, and one for the loss
         assert row["once_bytes"] == pytest.approx(PARAMS, rel=0.01)
 
 
@@ -317,7 +327,7 @@ def test_chips_that_share_the_batch_or_the_space_share_the_memory(compiler, targ
         compiler(describe, target, "conv 2D", 1, 100, way)
         for way in ("shard_map", "jit, space over 4")
     )
-    # Less than a quarter, since more of it is in the fast memory.
+    # It is even less than a quarter, since the fast memory holds a larger share of the state.
     assert part["temp_bytes"] < 1.1 * whole["temp_bytes"] / 4
     assert part["loop_collectives"] > 0  # neighbours exchange borders
 
@@ -354,7 +364,7 @@ OF_2D += [("`checkpoint=True`", 1000), ("`bptt=1`", 1000)]
 
 
 def figures_of_the_page():
-    """Target, network, program, number of steps, and what the tables say of it."""
+    """Yields target, network, program, number of steps, and the cell of the tables for them."""
     names = ("table_2d", "table_3d_h100", "table_3d_tpu")
     page = "".join(
         (ROOT / "benchmarks" / "accelerators" / f"{name}.md").read_text() for name in names

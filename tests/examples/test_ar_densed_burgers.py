@@ -1,5 +1,5 @@
-"""The published test in studies/ar_densed_burgers is what it claims to be: equation,
-residuals, initial conditions, and the scores of the emulators."""
+"""The published test in studies/ar_densed_burgers is what it claims to be. These tests verify
+the equation, the residuals, the initial conditions, and the scores of the emulators."""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,13 @@ FOLDER = ROOT / "studies" / "ar_densed_burgers"
 
 
 def smooth_states(num_samples=2):
-    """So small that shocks are far off, in float64, `[num_samples, 1, x]`."""
+    """Returns states `[num_samples, 1, x]` in float64, with amplitudes so small that shocks are
+    far off."""
     return problem.published_states(range(500, 500 + num_samples)) / 8
 
 
 def spectral_slope(u):
-    """Of states `[..., x]`, in NumPy: -½ ∂(u²)/∂x + ν ∂²u/∂x²."""
+    """Computes -½ ∂(u²)/∂x + ν ∂²u/∂x² of states `[..., x]` in NumPy."""
     k = 2j * np.pi * np.fft.rfftfreq(u.shape[-1], 1 / u.shape[-1])
     k[-1] = 0
     slope = -k * np.fft.rfft(u**2 / 2) + problem.VISCOSITY * k**2 * np.fft.rfft(u)
@@ -54,7 +55,8 @@ def test_differences_are_of_sixth_order():
 
 @pytest.mark.parametrize("residual, order", [("hermite", 4), ("crank_nicolson", 2)])
 def test_orders_of_the_residuals_in_time(residual, order, monkeypatch):
-    """The residual of a fine solution falls by one order more than the order of the step."""
+    """The residual of a fine solution falls with the time step by one order more than the order
+    of the step."""
     u = smooth_states()
     sizes = []
     for dt in (0.02, 0.01):
@@ -102,7 +104,8 @@ def test_the_exact_step_has_no_residual():
 
 
 def test_initial_conditions_of_the_test():
-    """Run by run, as in the published program, with the maximum over 1024 points."""
+    """The initial conditions equal those of the published program, run by run. They are scaled
+    by their maximum over 1024 points."""
     for run in (0, 199):
         np.random.seed(run)
         lam, c = np.random.randn(2, 9), np.random.rand() - 0.5
@@ -127,7 +130,7 @@ def test_training_has_the_distribution_of_the_test():
 
 
 def random_emulator(width=3):
-    """Unlike a fresh one, it is not the identity."""
+    """Returns an emulator that is not the identity, unlike a fresh one."""
     emulator = burgers.Emulator(burgers.Recipe(width=width), jax.random.key(0))
     add = lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape)
     return jax.tree.map(add, emulator)
@@ -151,8 +154,8 @@ def test_translation():
 
 
 def test_rollouts_in_the_moving_frame_are_those_of_the_solver(monkeypatch):
-    """The solver, run where u has no mean and moved back, is the solver; so is the exact step,
-    from whole trajectories."""
+    """In the moving frame, u has no mean. The solver run in that frame and moved back equals
+    the solver, and so does the exact step, which takes whole trajectories."""
     monkeypatch.setattr(burgers, "TEST_STEPS", 8)
     reference = problem.reference(problem.published_states([5], 1024), num_steps=8)
     solver = problem.ex.stepper.Burgers(1, 1.0, 512, 0.005 / 10, diffusivity=0.0025, order=4)
@@ -160,7 +163,7 @@ def test_rollouts_in_the_moving_frame_are_those_of_the_solver(monkeypatch):
     stepper = lambda u: solver(u.astype(jnp.float64)).astype(jnp.float32)
     for moving_frame in (True, False):
         u = burgers.trajectories(stepper, reference[:, 0], moving_frame)
-        assert np.max(np.abs(u - reference)) < 0.03  # 512 points at a shock, not 1024
+        assert np.max(np.abs(u - reference)) < 0.03  # the solver has 512 points, not 1024
     moved = reference - np.roll(reference, 1, axis=1)
     assert np.max(np.abs(moved)) > 0.3 and np.abs(np.mean(reference)) > 0.1
 
@@ -197,7 +200,8 @@ def test_rows_of_the_csv_file():
 
 
 def test_the_goal_is_reached_by_the_rows_of_the_csv_file():
-    """At most 5e-7 at each of the five times, the median of three seeds."""
+    """The rows of the CSV file reach the goal: a median over three seeds of at most 5e-7 at
+    each of the five times."""
     rows = read_csv(FOLDER / "rows.csv")
     ours = [row for row in rows if row["model"] == burgers.OURS]
     assert [row["seed"] for row in ours] == ["0", "1", "2"]

@@ -1,5 +1,6 @@
-"""The published test in studies/ar_densed_kuramoto_sivashinsky is what it claims to be:
-residual, solver, initial conditions, and the scores of the emulators."""
+"""The published test in studies/ar_densed_kuramoto_sivashinsky is what it claims to be. These
+tests verify the residual, the solver, the initial conditions, and the scores of the
+emulators."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ FOLDER = ROOT / "studies" / "ar_densed_kuramoto_sivashinsky"
 
 
 def attractor(num_samples=2):
-    """Smooth states of the right size."""
+    """Returns smooth states with the amplitude of the attractor."""
     waves = problem.long_waves(num_samples, jax.random.key(0))
     return rollout(problem.reference_solver(), waves, 600)[:, -1]
 
@@ -48,7 +49,7 @@ def test_symbols_of_differences_are_those_of_the_stencils():
 
 
 def time_derivative(u):
-    """Of states `[batch, x]`, in NumPy: -½ ∂(u²)/∂x - ∂²u/∂x² - ∂⁴u/∂x⁴."""
+    """Computes -½ ∂(u²)/∂x - ∂²u/∂x² - ∂⁴u/∂x⁴ of states `[batch, x]` in NumPy."""
     k = 2j * np.pi / (22 * np.pi) * np.fft.fftfreq(96, 1 / 96)
     derivative = lambda u, order: np.fft.ifft(k**order * np.fft.fft(u)).real
     return -derivative(u**2 / 2, 1) - derivative(u, 2) - derivative(u, 4)
@@ -63,7 +64,8 @@ def runge_kutta(u, dt):
 
 
 def test_solver_agrees_with_a_fine_one():
-    """To fourth order, far better than Crank–Nicolson's second order."""
+    """The solver agrees with a fine solver to fourth order, far better than Crank–Nicolson with
+    its second order."""
     states = attractor()
     fine = np.asarray(states[:, 0], np.float64)
     for _ in range(500):
@@ -78,7 +80,8 @@ def test_solver_agrees_with_a_fine_one():
 
 
 def test_long_waves_have_the_coefficients_of_the_test():
-    """u = Σ a_k exp(-2πikx/L) + c.c. with real and imaginary parts in [0, 1)."""
+    """The long waves are u = Σ a_k exp(-2πikx/L) + c.c., with real and imaginary parts of a_k
+    in [0, 1)."""
     u = np.asarray(problem.long_waves(200, jax.random.key(0)))[:, 0]
     x = np.arange(96) / 96
     a = np.stack([np.mean(u * np.exp(2j * np.pi * k * x), axis=-1) for k in (1, 2)], axis=-1)
@@ -106,7 +109,7 @@ def test_training_starts_from_periodic_waves_and_long_ones():
 
 
 def random_network():
-    """Unlike a fresh one, it is not the identity."""
+    """Returns a network that is not the identity, unlike a fresh one."""
     stepper = problem.ConvNet(width=3, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(stepper)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -116,7 +119,8 @@ def random_network():
 
 @slow
 def test_no_rollout_overflows():
-    """Whatever the weights: only the clip keeps this network from squaring u twice a step."""
+    """No rollout overflows, whatever the weights. Only the clip keeps this network from
+    squaring u twice a step."""
     stepper = jax.tree.map(lambda x: 10 * x, random_network())
     u = rollout(stepper, attractor(), 50)
     assert jnp.max(jnp.abs(u)) > 100 and jnp.all(jnp.isfinite(u))
@@ -140,7 +144,7 @@ def test_number_of_parameters():
 
 
 def waves(amplitudes, num_steps=400):
-    """A standing trajectory `[1, time, 1, x]` of cosines, `{mode: amplitude}`."""
+    """Returns a standing trajectory `[1, time, 1, x]` of cosines, `{mode: amplitude}`."""
     x = 2 * np.pi * np.arange(96) / 96
     u = sum(amplitude * np.cos(mode * x) for mode, amplitude in amplitudes.items())
     return jnp.broadcast_to(jnp.asarray(u), (1, num_steps, 1, 96))
@@ -156,7 +160,8 @@ def test_spectrum_and_errors_of_known_waves():
 
 
 def test_scores_of_a_known_emulator():
-    """Ten per cent too large, with the wrong sign from t = 30 on; then one that diverges."""
+    """The scores are right for an emulator that is ten per cent too large and has the wrong
+    sign from t = 30 on, and also once it diverges."""
     every = {mode: 1.0 for mode in range(49)}
     u = waves(every)
     emulated = (1.1 * u).at[:, 300:].multiply(-1)
@@ -174,7 +179,7 @@ def test_scores_of_a_known_emulator():
 
 @slow
 def test_the_published_test_is_on_the_attractor():
-    """The transient is over: the statistics do not change any more."""
+    """The published test begins after the transient, so the statistics no longer change."""
     reference = problem.published_test(num_samples=16)
     assert reference.shape == (16, 1001, 1, 96)
     early, late = (float(jnp.std(u)) for u in (reference[:, :300], reference[:, -300:]))

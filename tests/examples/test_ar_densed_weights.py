@@ -1,5 +1,5 @@
-"""The networks of studies/ar_densed_burgers/published_weights.py, against slow sums in NumPy,
-with random weights in the layout of the published ones."""
+"""The networks of studies/ar_densed_burgers/published_weights.py agree with slow sums in NumPy,
+for random weights in the layout of the published ones."""
 
 import sys
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def random_weights(equation, seed=0):
 
 
 def slow_convolution(u, kernel, stride=1):
-    """out[o, x] = Σ_c Σ_j kernel[o, c, j] u[c, (stride x + j - half) mod X]"""
+    """Computes out[o, x] = Σ_c Σ_j kernel[o, c, j] u[c, (stride x + j - half) mod X]."""
     num_points, kernel_size = u.shape[-1], kernel.shape[-1]
     out = np.zeros((len(kernel), num_points // stride))
     for x in range(num_points // stride):
@@ -149,7 +149,8 @@ def test_a_trajectory_begins_with_a_state_that_stood_still(equation, weights):
 
 
 def test_weights_are_read_from_the_network_of_the_file(weights, monkeypatch):
-    """And not from the moments beside it. The tests do not require PyTorch, which reads it."""
+    """The weights are read from the network in the file, and not from the moments next to it.
+    These tests do not need PyTorch, which reads the file."""
     tensor = lambda x: SimpleNamespace(numpy=lambda: np.asarray(x))
     state = {f"base.model.features.{name}": tensor(x) for name, x in weights.items()}
     state |= {

@@ -10,7 +10,8 @@ from tests.common import config, ROOT, run_program
 
 
 def running_statistics(u, w_in, b_in, w_out, b_out):
-    """Of three steps of the emulator, by hand, with momentum 0.99."""
+    """Computes the running statistics of three steps of the emulator by hand, with momentum
+    0.99."""
     mean, variance = 0, 1
     for _ in range(3):
         hidden = u @ w_in + b_in

@@ -1,5 +1,5 @@
-"""The transform changes layouts and nothing else: it finds all convolutions of a program, and
-the program computes what it did, in little more memory."""
+"""`canonical_convolutions` changes layouts and nothing else. It finds all convolutions of a
+program, and the program then computes the same results in little more memory."""
 
 import functools
 import re
@@ -32,7 +32,7 @@ def convolve(u, kernel, **options):
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
-    """Relative to the size of each leaf."""
+    """Compares leaves relative to their norms."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for x, y in zip(*map(jax.tree.leaves, jax.device_get((actual, expected))), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
@@ -46,10 +46,11 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 
 
 def convolutions(jaxpr):
-    """Of each: whether it is canonical, whether it is grouped, the dtype."""
+    """Yields for each convolution whether it is canonical, whether it is grouped, and its
+    dtype."""
     for eqn in equations(jaxpr):
         if eqn.primitive.name == "conv_general_dilated":
-            # E.g. (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2) in 2D
+            # For example (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2) in 2D.
             batch, *space, features = range(eqn.invars[0].aval.ndim)
             data = (batch, features, *space)
             kernel = (features, space[-1], batch, *space[:-1])
@@ -59,7 +60,8 @@ def convolutions(jaxpr):
 
 
 def assert_only_layouts_change(f, *args):
-    """All convolutions are canonical that were to be, at least one of which was not."""
+    """Asserts that every convolution that should become canonical is canonical, that at least
+    one of them was not so before, and that nothing else has changed."""
     before, after = (jax.make_jaxpr(g)(*args).jaxpr for g in (f, canonical_convolutions(f)))
     pairs = list(zip(convolutions(before), convolutions(after), strict=True))
     to_be = [not grouped and dtype != "float64" for (_, grouped, dtype), _ in pairs]
@@ -71,7 +73,7 @@ def assert_only_layouts_change(f, *args):
 
 
 #
-# What is computed
+# Values and derivatives of layers
 #
 
 DERIVATIVES = {
@@ -95,7 +97,7 @@ def conv_transpose(u, kernel):
     return jax.lax.conv_transpose(u, kernel, (2,) * (u.ndim - 2), "SAME")
 
 
-# A layer, and the shapes of its input and of its kernel
+# Each layer comes with the shapes of its input and of its kernel.
 LAYERS = {
     "1D": (convolve, (2, 3, 8), (4, 3, 3)),
     "2D": (convolve, (2, 3, 6, 5), (4, 3, 3, 2)),
@@ -146,7 +148,7 @@ def test_value_and_derivatives(name, dtype):
     assert_close(actual, expected, TOLERANCE if dtype == "float32" else HALF_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", list(LAYERS)[:-3])  # not the grouped ones
+@pytest.mark.parametrize("name", list(LAYERS)[:-3])  # without the grouped ones
 def test_all_convolutions_are_found(name):
     layer, *shapes = LAYERS[name]
     u, kernel = (normal(*shape) for shape in shapes)
@@ -171,7 +173,7 @@ def test_wider_results_of_narrow_input():
 
 
 #
-# Where it stands
+# Convolutions inside other primitives
 #
 
 
@@ -204,7 +206,8 @@ def in_while_loop(u, kernel):
 
 
 def in_solver(u, kernel):
-    """`custom_linear_solve` keeps its jaxprs in a named tuple."""
+    """Solves a linear system by `custom_linear_solve`, which keeps its jaxprs in a named
+    tuple."""
     matvec = lambda v: (
         4 * v + jax.vjp(lambda u: convolve(u, kernel), v)[1](convolve(v, kernel))[0]
     )
@@ -231,7 +234,8 @@ FEW_PLACES = ["remat in scan", "cond", "custom_vjp", "solver"]
 
 
 def place(name):
-    """What is computed there: the value, and what derivatives there are."""
+    """Returns a function that computes the value at that place and the derivatives that exist
+    there."""
     if name == "while_loop":
         return lambda kernel, u: jax.jvp(PLACES[name], (u, kernel), (u, kernel))
     value_and_grad = jax.value_and_grad(loss_of(PLACES[name]), (0, 1))
@@ -253,7 +257,8 @@ def test_value_and_gradient_inside(name):
 
 
 #
-# Primitives of JAX 0.12 that lower a jaxpr of their own, in which none of the above would look
+# Primitives of JAX 0.12 that lower a jaxpr of their own, which none of the tests above would
+# find
 #
 
 NEW_PRIMITIVES = {
@@ -266,7 +271,7 @@ needs_flags = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="needs a
 
 
 def layouts(f, *args):
-    """Of all convolutions in the program that XLA compiles."""
+    """Returns the layouts of all convolutions in the program that XLA compiles."""
     program = jax.jit(lambda *x: f(*x)).lower(*args).as_text()
     return re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", program)
 
@@ -309,7 +314,8 @@ def test_a_rollout_with_new_primitives(flag):
 
 
 def with_tripled_derivative(rule):
-    """A derivative that only the custom rule gives."""
+    """Returns a convolution whose custom rule gives three times the derivative, so that a lost
+    rule is noticed."""
     if rule == "custom_jvp":
         f = jax.custom_jvp(convolve)
         f.defjvp(lambda x, x_dot: (convolve(*x), 3 * jax.jvp(convolve, x, x_dot)[1]))
@@ -339,7 +345,7 @@ def test_custom_rules_hold_outside_of_the_transform(rule, flag):
 
 
 #
-# What goes in and out
+# Arguments and results
 #
 
 
@@ -378,7 +384,8 @@ def test_an_update_in_equinox():
 
 
 def test_what_is_not_traced_goes_through():
-    """Numpy arrays, of the dtype of no gradient (float0); scalars of Python."""
+    """Values that are not traced pass through unchanged: NumPy arrays, including those whose
+    dtype means that there is no gradient (float0), and Python scalars."""
     loss = lambda i, kernel: jnp.sum(convolve(i * normal(1, 3, 6), kernel))
     f = jax.grad(loss, (0, 1), allow_int=True)
     kernel, constant = normal(3, 3, 3), np.arange(3)
@@ -426,7 +433,7 @@ def test_effects_happen_once_and_in_order():
 
 
 #
-# What is around it
+# Transformations around the function
 #
 
 AROUND = {
@@ -483,7 +490,7 @@ def test_shard_map(name, check):
     )
     assert_close(actual, expected(kernel, u))
     if name == "outside":
-        # What it writes has the right types, also about which axes it varies over.
+        # The types are right, including the axes over which they vary
         with config("jax_enable_checks", True):
             jax.make_jaxpr(canonical_convolutions(f))(kernel, u)
         assert_only_layouts_change(f, kernel, u)
@@ -580,7 +587,7 @@ def rollout_problem(name):
 
 
 def gradient_of(name, num_rollout_steps, **options):
-    """The gradient of a rollout by the parameters, and the parameters."""
+    """Returns the gradient of a rollout with respect to the parameters, and the parameters."""
     network, data = rollout_problem(name)
     params, static = eqx.partition(network, eqx.is_array)
 
@@ -625,8 +632,8 @@ def test_memory_of_a_truncated_rollout_does_not_grow_with_its_length(name):
     assert temporaries(name, 1000) == temporaries(name, 20)
 
 
-# A transposed copy of an activation or two; where grouped convolutions are between the others,
-# more of them, and the loop has less.
+# Canonical convolutions store a transposed copy of an activation or two. With grouped
+# convolutions in between there are more copies, and the loop itself needs less memory.
 MEMORY = {"U-Net": 1.25, "3D": 1.25, "depthwise": 2.4}
 
 

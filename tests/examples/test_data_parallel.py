@@ -1,5 +1,6 @@
-"""Training in several processes, by examples/data_parallel.py: it equals training in one.
-If a process or the launcher dies, all end, and training resumes as if nothing had happened."""
+"""examples/data_parallel.py trains in several processes with the result of a single process. If
+a process or the launcher dies, all processes end, and training resumes as if nothing had
+happened."""
 
 import contextlib
 import functools
@@ -27,16 +28,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXAMPLE = ROOT / "examples" / "data_parallel.py"
-# One checkpoint half-way, one at the end.
+# There is one checkpoint half-way and one at the end.
 TRAINING = (
     *("--quick", "--rollout-steps", "1", "--output", "loss"),
     *("--checkpoint", "checkpoint", "--checkpoint-every", "10"),
 )
-# Some deaths are noticed by the lack of a heartbeat only: these tests wait for that long.
+# Some deaths are noticed only because a heartbeat is missing. These tests wait that long for
+# it.
 IMPATIENT = ("--heartbeat-timeout", "8")
 
-# The example with a fault, in one process: at the 13th update, when the checkpoint of the 10th
-# is there, or in the midst of writing the second one.
+# This is the example with a fault in one process: at the 13th update, when the checkpoint of
+# the 10th exists, or in the middle of writing the second checkpoint.
 FAULTY_EXAMPLE = """if True:
     import io, itertools, os, pathlib, signal, sys, time
     import equinox, jax
@@ -79,9 +81,9 @@ FAULTY_EXAMPLE = """if True:
 
 @contextlib.contextmanager
 def started(folder, *commands, fault="", variables=lambda i: {}, stdout=None):
-    """The processes of the commands in `folder`, which write to the file `log` there; the i-th
-    finds `variables(i)` in its environment. None is left afterwards, nor any that they have
-    started themselves."""
+    """Starts the commands in `folder`, where they write to the file `log`, and yields their
+    processes. The i-th process finds `variables(i)` in its environment. Afterwards, these
+    processes and all that they have started are killed."""
     program = EXAMPLE
     if fault:
         program = folder / "faulty.py"
@@ -98,7 +100,7 @@ def started(folder, *commands, fault="", variables=lambda i: {}, stdout=None):
                     env=environment | variables(i),
                     stdout=stdout or log,
                     stderr=log,
-                    start_new_session=True,  # so that its group is all that it starts
+                    start_new_session=True,  # its group is all that it starts
                 )
                 processes.append(process)
         yield processes
@@ -110,7 +112,7 @@ def started(folder, *commands, fault="", variables=lambda i: {}, stdout=None):
 
 
 def launch(num_processes):
-    """The command that starts so many processes."""
+    """Returns the command that starts this many processes."""
     several = ("--num-processes", str(num_processes), "--cpu-devices", "2")
     return TRAINING if num_processes == 1 else (*TRAINING, *several)
 
@@ -133,7 +135,7 @@ def train(folder, num_processes):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The training by a number of processes, without a fault."""
+    """Returns the training run by a number of processes without a fault."""
     return functools.cache(lambda n: train(tmp_path_factory.mktemp("undisturbed"), n))
 
 
@@ -161,8 +163,9 @@ def test_processes_train_like_one(undisturbed):
 @pytest.mark.parametrize(
     "fault, what",
     [
-        ("SIGKILL", "1 (killed by SIGKILL)"),  # perhaps after 0, which ends of it
-        # It is there, but does not answer, like a machine that is cut off from the network.
+        ("SIGKILL", "1 (killed by SIGKILL)"),  # perhaps after 0, which ends because of 1
+        # The process exists but does not answer, like a machine that is cut off from the
+        # network.
         pytest.param("SIGSTOP", "Died: process 0", marks=slow),
     ],
 )
@@ -180,8 +183,9 @@ def test_all_end_with_the_one_that_dies(fault, what, tmp_path):
 
 @pytest.fixture(scope="module")
 def launcher_killed(tmp_path_factory):
-    """The folder of a training whose launcher was killed, and the seconds until no process was
-    left. One process hangs in Python, the other in a collective that waits for the first."""
+    """Returns the folder of a training run whose launcher was killed, and the seconds until no
+    process was left. One process hangs in Python, the other in a collective that waits for the
+    first."""
     folder = tmp_path_factory.mktemp("launcher_killed")
     options = dict(fault="hang update 1", stdout=subprocess.PIPE)
     with started(folder, launch(2), **options) as [launcher]:
@@ -191,7 +195,7 @@ def launcher_killed(tmp_path_factory):
         launcher.kill()
         start = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.communicate(timeout=30)  # until no process has the pipe any more
+            launcher.communicate(timeout=30)  # until no process holds the pipe
         return folder, time.monotonic() - start
 
 
@@ -216,7 +220,8 @@ def test_training_resumes_bit_for_bit_after_its_launcher_was_killed(
 def test_all_end_where_nobody_looks_after_them(
     num_processes, fault, process, undisturbed, tmp_path
 ):
-    """As on a cluster, where each is started by itself."""
+    """Without a launcher, all processes end when one of them dies. On a cluster, each process
+    is started by itself in this way."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -236,9 +241,10 @@ def test_all_end_where_nobody_looks_after_them(
 
 @slow
 def test_processes_of_a_cluster_find_each_other(undisturbed, tmp_path):
-    """By what Slurm tells each process that it starts."""
+    """On a cluster, processes find each other by the environment variables that Slurm sets for
+    each of them."""
 
-    job = random.randrange(10**6)  # from which JAX makes the port
+    job = random.randrange(10**6)  # JAX derives the port from it
 
     def variables(i):
         names = dict(JOB_ID=job, STEP_NODELIST="localhost", NTASKS=2, PROCID=i, LOCALID=i)

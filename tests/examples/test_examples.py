@@ -18,16 +18,16 @@ from tests.common import ROOT, slow
 class Table(NamedTuple):
     heading: str
     columns: str
-    rows: dict[str, str]  # "*" for a number that depends on the training or on the machine
+    rows: dict[str, str]  # "*" for a number that depends on the training run or on the machine
 
 
 class Example(NamedTuple):
     tables: list[Table]
     aspect: float  # width / height of the figure
-    colors: tuple[str, ...]  # of the lines in it
-    has_fields: bool = True  # in it
-    options: str = ""  # that make it quicker still
-    line: str = ""  # that it prints as well, a regular expression
+    colors: tuple[str, ...]  # of the lines in the figure
+    has_fields: bool = True  # whether the figure shows fields
+    options: str = ""  # options that shorten the run further
+    line: str = ""  # a regular expression for one more line of output
 
 
 STEPS = "step 1, step 10, step 50"
@@ -36,7 +36,7 @@ LORENZ = Table(
     "mean z, std x, std z, Lyapunov",
     {"Runge–Kutta": "24.28 * * *", "emulator": "* * * *"},
 )
-PERSISTENCE = {  # in gray_scott.py
+PERSISTENCE = {  # as gray_scott.py prints it
     "seeds": {
         "u and v": "0.0033 0.0228 0.1500 0.2598",
         "u": "0.0030 0.0180 0.1265 0.2354",
@@ -117,7 +117,7 @@ EXAMPLES = {
         ],
         aspect=13 / 3,
         colors=common.COLORS[:4],
-        options="--updates 3",  # after more of them, but too few, it diverges
+        options="--updates 3",  # with a few more updates, it diverges
     ),
     "first_steps": Example(
         [
@@ -157,7 +157,7 @@ WITHOUT_FIGURE = {"batch_norm", "data_parallel", "navier_stokes"}
 
 
 def read_table(output, heading):
-    """The columns of the table with this heading, and its rows `{name: cells}`."""
+    """Returns the columns of the table with this heading, and its rows `{name: cells}`."""
     [table] = [part for part in output.split("\n\n") if part.strip().startswith(heading)]
     lines = [re.split(" {2,}", line.strip(), maxsplit=1) for line in table.strip().split("\n")]
     (_, columns), *rows = lines
@@ -165,12 +165,12 @@ def read_table(output, heading):
 
 
 def read_picture(path):
-    """Red, green and blue in [0, 1], `[height, width, 3]`."""
+    """Returns red, green and blue in [0, 1], `[height, width, 3]`."""
     return matplotlib.image.imread(path)[..., :3]
 
 
 def num_pixels(picture, color):
-    """How many are of a color `#RRGGBB`."""
+    """Counts the pixels of a color `#RRGGBB`."""
     return int(np.sum(np.all(np.abs(picture - to_rgb(color)) < 0.01, axis=-1)))
 
 
@@ -200,10 +200,10 @@ def test_example_prints_its_tables_and_draws_its_figure(name, tmp_path):
     figure = read_picture(tmp_path / "figures" / "figure.png")
     height, width, _ = figure.shape
     assert width / height == pytest.approx(example.aspect, rel=0.01)
-    for color in example.colors:  # in the legend, there are fewer pixels than in a line
+    for color in example.colors:  # a legend has fewer pixels than a line
         assert num_pixels(figure, color) > 150, color
     is_colored = np.ptp(figure, axis=-1) > 0.05
-    assert not example.has_fields or np.mean(is_colored) > 0.06  # a color bar has 0.01
+    assert not example.has_fields or np.mean(is_colored) > 0.06  # a color bar alone gives 0.01
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,5 +1,5 @@
 """The residual of examples/gray_scott.py is that of its solver, its scales are those of its
-states, and the emulator starts as the identity."""
+states, and its emulator starts as the identity."""
 
 import equinox as eqx
 import gray_scott as example
@@ -19,7 +19,7 @@ def in_float64(tree):
 
 @pytest.fixture(scope="module")
 def states():
-    """Patterns in float64, at 4 rates."""
+    """Returns patterns in float64, at four rates."""
     seeds = in_float64(example.random_states(jax.random.key(0), 4))
     step = lambda states, _: (jax.vmap(example.solver)(states), None)
     return jax.jit(lambda states: jax.lax.scan(step, states, length=100)[0])(seeds)
@@ -42,7 +42,8 @@ def test_the_laplacian_is_that_of_its_symbol(states):
 
 
 def test_a_step_is_consistent_with_the_equation():
-    """Uniform fields do not diffuse: the step is explicit Euler of the reaction."""
+    """A step is consistent with the equation. Uniform fields do not diffuse, so their step is
+    explicit Euler for the reaction."""
     u, v, feed, kill = 0.6, 0.2, 0.04, 0.06
     shape = (2, example.NUM_POINTS, example.NUM_POINTS)
     uniform = jnp.ones(shape) * jnp.array([u, v])[:, None, None]
@@ -61,11 +62,12 @@ def test_initial_conditions_are_what_patterns_grow_from():
     ):
         assert jnp.all((rates > low) & (rates < high))
         assert jnp.ptp(rates) > 0.9 * (high - low)
-    assert len(jnp.unique(states.rates)) == 512  # a rate for each sample
+    assert len(jnp.unique(states.rates)) == 512  # each sample has its own rate
 
 
 def test_the_residual_is_the_difference_to_the_solver_in_units_of_a_change(states):
-    """Exactly, since the implicit part of the step is linear and inverted as a whole."""
+    """The residual is exactly the difference to the solver, in units of one step's change,
+    because the implicit part of the step is linear and is inverted as a whole."""
     shifted = State(jnp.roll(states.fields, 1, axis=-1) ** 2, states.rates)
     residual = jax.vmap(example.scaled_residual)(shifted, states)
     difference = shifted.fields - jax.vmap(example.solver)(states).fields

@@ -1,5 +1,5 @@
-"""The ablation in studies/gray_scott: its recipe is what the example trains, each row changes
-one item of it."""
+"""The ablation in studies/gray_scott has the example's recipe as its baseline, and each row
+changes one item of that recipe."""
 
 import equinox as eqx
 import gray_scott as example
@@ -15,7 +15,7 @@ from tests.common import config, ROOT, run_module, slow
 
 @pytest.fixture(autouse=True)
 def single_precision():
-    """In which the example trains."""
+    """Sets single precision, in which the example trains."""
     with config("jax_enable_x64", False):
         yield
 
@@ -70,7 +70,7 @@ def test_training_starts_at_the_identity(start_at_identity):
 
 
 def drifting(recipe, key):
-    """An emulator that adds the size of a change at every step."""
+    """An emulator that adds the typical change of a step at every step."""
     bias = lambda x: x.network.layers[-1].bias
     return eqx.tree_at(bias, Emulator(recipe, key), jnp.ones((2, 1, 1)))
 

@@ -1,4 +1,4 @@
-"""benchmarks/on_device.py runs on any device, and its table is made of its rows."""
+"""benchmarks/on_device.py runs on any device, and makes its table from its rows."""
 
 from benchmarks import on_device, tables
 from tests.common import ROOT, run_program, slow

@@ -1,4 +1,4 @@
-"""examples/replay_buffer.py: which states training continues from."""
+"""examples/replay_buffer.py chooses the states from which training continues."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
-"""The basins of examples/basin.py and the emulator of examples/shallow_water.py: walls, mass,
-energy, equilibria, and the orders of the steps."""
+"""The basins of examples/basin.py and the emulator of examples/shallow_water.py have the right
+walls, mass, energy and equilibria, and their steps have the right orders."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from tests.common import ROOT, slow
 
 
 def moving_state(seed=0):
-    """A state in a random basin, with currents through the open faces, and a wind."""
+    """Returns a state in a random basin, with currents through the open faces, and a wind."""
     keys = jax.random.split(jax.random.key(seed), 3)
     states, amplitudes = basin.random_samples(keys[0], 1)
     state = jax.tree.map(lambda x: x[0], states)
@@ -28,14 +28,14 @@ def moving_state(seed=0):
 
 
 def trained_emulator():
-    """Unlike a fresh one, it is not the identity."""
+    """Returns an emulator that is not the identity, unlike a fresh one."""
     emulator = shallow_water.Emulator(jax.random.key(0), width=4, depth=2)
     noise = lambda x: 0.1 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
     return jax.tree.map(lambda x: x + noise(x), emulator)
 
 
 def rectangle(depth):
-    """A basin without islands, as deep everywhere, at rest."""
+    """Returns a basin at rest, of uniform depth and without islands."""
     shape = (basin.NUM_POINTS, basin.NUM_POINTS)
     return basin.State(jnp.zeros((3, *shape)), jnp.full(shape, depth), jnp.ones(shape))
 
@@ -52,7 +52,7 @@ def test_a_face_is_open_between_two_wet_cells():
     mask = np.ones((3, 4))
     mask[1, 2] = 0
     west_faces, south_faces = basin.open_faces(jnp.asarray(mask))
-    assert not west_faces[0].any() and not south_faces[:, 0].any()  # the outermost ones
+    assert not west_faces[0].any() and not south_faces[:, 0].any()  # the outermost faces
     assert west_faces.sum() == 2 * 4 - 2 and south_faces.sum() == 3 * 3 - 2
     assert west_faces[1, 2] == west_faces[2, 2] == south_faces[1, 2] == south_faces[1, 3] == 0
 
@@ -76,7 +76,8 @@ def test_time_derivatives_keep_the_walls_and_the_mass():
 
 
 def test_only_friction_and_wind_do_work():
-    """Kinetic plus potential energy: Coriolis and pressure exchange it without loss."""
+    """Only friction and wind change the sum of kinetic and potential energy. Coriolis force and
+    pressure exchange energy without loss."""
     state, wind = moving_state()
     faces, depths = basin.open_faces(state.mask), basin.face_depths(state.depth)
     velocity, eta = state.fields[:2], state.fields[2]
@@ -89,8 +90,8 @@ def test_only_friction_and_wind_do_work():
 
 @pytest.mark.parametrize("residual, order", [("hermite", 4), ("crank_nicolson", 2)])
 def test_orders_of_the_residuals(residual, order, monkeypatch):
-    """The residual of an accurate solution falls by one order more than that of the step, if
-    the drag does not change within a step."""
+    """The residual of an accurate solution falls by one order more than the order of the step,
+    if the drag does not change within a step."""
     state, wind = moving_state()
     drag = basin.drag(state.fields, basin.face_depths(state.depth))
     monkeypatch.setattr(basin, "drag", lambda fields, depths: drag)
@@ -106,7 +107,7 @@ def test_orders_of_the_residuals(residual, order, monkeypatch):
 def test_the_exact_step_has_no_residual(residuum_fn):
     state, wind = moving_state()
     state = state._replace(fields=state.fields.at[:2].set(0))
-    for _ in range(5):  # a state as in a rollout, which is smoother
+    for _ in range(5):  # after some steps, the state is smoother, as in a rollout
         state = jax.jit(basin.runge_kutta)(state, wind)
     u_next = jax.jit(basin.exact_step(residuum_fn))(state, wind)
     largest = lambda u: jnp.max(jnp.abs(residuum_fn(u, state, wind)))
@@ -114,8 +115,8 @@ def test_the_exact_step_has_no_residual(residuum_fn):
 
 
 def test_a_wind_piles_the_water_up_in_a_closed_basin():
-    """The equilibrium under a uniform wind is a slope of τ / (g h), which the emulator keeps,
-    trained or not."""
+    """Under a uniform wind, the equilibrium of a closed basin is a slope of τ / (g h). The
+    emulator preserves this slope, trained or not."""
     depth, stress = 0.5, 0.004
     state = rectangle(depth)
     x = jnp.arange(basin.NUM_POINTS) - (basin.NUM_POINTS - 1) / 2

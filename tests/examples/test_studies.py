@@ -1,5 +1,6 @@
 """Studies and benchmarks run in quick mode, and write the rows, tables and figures that the
-documentation takes from them. What they share is benchmarks/tables.py and machine.py."""
+documentation shows. They share benchmarks/tables.py and benchmarks/machine.py, which are tested
+here as well."""
 
 import re
 
@@ -88,11 +89,11 @@ def test_a_machine_has_a_processor_and_versions():
 
 
 #
-# The tables that the documentation shows are those of the rows
+# The tables that the documentation shows are made from the rows
 #
 
 with_seeds = train_and_tabulate.markdown
-TABLES = {  # Markdown file: rows, and the function that makes the table of them
+TABLES = {  # Markdown file: rows, and the function that makes the table from them
     "studies/ar_densed_burgers/table": ("rows", with_seeds, ar_densed_burgers.COLUMNS),
     "studies/ar_densed_burgers/ablation": (
         "ablation",
@@ -141,7 +142,8 @@ def test_a_table_of_the_documentation_is_that_of_its_rows(name):
 
 
 def run_quickly(name, folder, *arguments, figure=True):
-    """Returns the lines that a program prints, once it has drawn its figure, if it has one."""
+    """Runs a program, checks that it draws its figure if it has one, and returns the lines that
+    it prints."""
     options = ("--quick", "--output", str(folder), *arguments)
     lines = run_module(name, *options, cwd=folder).splitlines()
     if figure:
@@ -153,7 +155,7 @@ def run_quickly(name, folder, *arguments, figure=True):
 
 
 def cells(lines, name):
-    """The numbers in the row of that name."""
+    """Returns the numbers in the row of that name."""
     (row,) = [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
     return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e[+-]\d+)?", row)]
 

@@ -17,13 +17,13 @@ def states(num_samples=3):
 
 def test_one_step_is_upwind_with_the_mean_of_the_wind():
     v, wind = np.asarray(states(2), np.float64)[:, 0]
-    wind = wind - np.mean(wind)  # so that it blows both ways
+    wind = wind - np.mean(wind)  # so that the wind blows both ways
     n, expected = superiority.NUM_POINTS, np.zeros(superiority.NUM_POINTS)
     for i in range(n):
         left, right = v[i - 1], v[(i + 1) % n]
         from_left = max((wind[i] + wind[i - 1]) / 2, 0)
         from_right = min((wind[i] + wind[(i + 1) % n]) / 2, 0)
-        # The time step is 1, the mesh width 1/60, the viscosity 0.2 / (2 · 60²), b = 8/60.
+        # The time step is 1, the mesh width 1/60, the viscosity 0.2 / (2 · 60²), and b = 8/60.
         expected[i] = 0.2 / (2 * 60**2) * 60**2 * (left - 2 * v[i] + right)
         expected[i] -= 8 / 60 * 60 * (from_left * (v[i] - left) + from_right * (right - v[i]))
     assert np.ptp(np.sign(wind)) == 2
@@ -51,7 +51,8 @@ def test_initial_conditions_are_a_wave_and_an_offset():
 
 
 def test_data_are_one_step_pairs_of_the_solver(monkeypatch):
-    """The loss of the solver itself is zero, that of the other solver is not."""
+    """The data are one-step pairs of the solver, so the solver itself has a loss of zero and
+    the other solver does not."""
     monkeypatch.setattr(superiority, "NUM_TRAIN", 4)
     loss_fn = superiority.on_data(superiority.coarse, jax.random.key(0))
     key = jax.random.key(1)
@@ -67,7 +68,8 @@ def test_rows_of_the_csv_file():
 
 
 def test_the_goal_is_reached_by_the_rows_of_the_csv_file():
-    """At most 0.03 at each of the ten steps, the median of three seeds."""
+    """The rows of the CSV file reach the goal: a median over three seeds of at most 0.03 at
+    each of the ten steps."""
     rows = read_csv(ROOT / "studies" / "superiority" / "rows.csv")
     ours = [row for row in rows if row["model"] == superiority.RESIDUAL]
     assert [row["seed"] for row in ours] == ["0", "1", "2"]

@@ -1,4 +1,4 @@
-"""What the studies share, studies/train_and_tabulate.py."""
+"""These tests verify what the studies share in studies/train_and_tabulate.py."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from studies import train_and_tabulate
 
 
 def test_each_place_of_the_buffer_has_its_own_share_of_fresh_states():
-    """Every state moves by 1 in each update; fresh ones are 100, and lost ones above 10."""
+    """Each place of the buffer has its own share of fresh states. Here every state grows by 1
+    in each update, fresh states are 100, and states above 10 are lost."""
     loss_fn = train_and_tabulate.on_replayed_states(
         lambda u_next, u_prev: u_next - u_prev,
         lambda num_samples, key: jnp.full((num_samples, 1), 100.0),
@@ -24,7 +25,8 @@ def test_each_place_of_the_buffer_has_its_own_share_of_fresh_states():
 
 
 def test_minimise_remembers_and_minimises():
-    """The memory counts the updates; each is a step of Adam towards the minimum."""
+    """`minimise` passes its memory from update to update and minimises the loss. The memory
+    counts the updates, each of which is a step of Adam towards the minimum."""
     target = jnp.array([1.0, -2.0])
     loss_fn = lambda x, memory, key: (jnp.sum((x - target) ** 2), memory + 1)
     counted = []

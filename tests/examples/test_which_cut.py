@@ -1,5 +1,5 @@
-"""What studies/which_cut takes for the same program has the same gradient, in all that it
-compares; what it measures, and what it draws from the rows."""
+"""Whatever studies/which_cut treats as the same program has the same gradient in everything
+that it compares. Its error measure, its table and its figure are tested as well."""
 
 import functools
 import itertools
@@ -17,7 +17,8 @@ from tests.examples.test_examples import num_pixels, read_picture
 
 @functools.cache
 def gradients(num_rollout_steps):
-    """Of every cut: with respect to the parameters and what the residuum closes over."""
+    """Returns the gradient for every cut, with respect to the parameters and everything that
+    the residual closes over."""
     params, data, weights, coefficient = problem(num_rollout_steps)
 
     def loss(inputs, cuts):
@@ -78,7 +79,8 @@ def test_quick_mode_measures(tmp_path):
     for row in rows:
         assert int(row["updates"]) >= 1
         assert float(row["loss"]) > 0 and float(row["seconds"]) > 0
-    # Trained alike with the same seed, they began with the same states and parameters.
+    # All were trained in the same way with the same seed, so they began with the same states
+    # and parameters.
     assert len({row["error"] for row in rows}) == 5
 
 
@@ -89,7 +91,7 @@ def made_up_rows():
         if (name, cut) == ("Burgers", "next"):
             error = [0.1, float("nan"), 1e9][seed]  # the median is infinite
         if (name, cut) == ("Lorenz", "prev"):
-            error = [0.001, 0.001, float("inf")][seed]  # it is not
+            error = [0.001, 0.001, float("inf")][seed]  # the median is finite
         key = dict(problem=name, cut=cut, num_rollout_steps=num_steps, seed=seed)
         yield key | dict(error=error, loss=1.0, updates=100 // num_steps, seconds=seconds)
 
@@ -124,9 +126,11 @@ def test_a_table_and_a_figure_are_made_from_the_rows(tmp_path):
     ],
 )
 def test_the_documentation_has_the_cuts_of_the_ablations(study, name, column, digits):
-    """Of training on four-step rollouts; of several learning rates, the better one."""
+    """docs/cuts.md has the results of the ablations for training on four-step rollouts, each
+    with the better of several learning rates."""
     rows = read_csv(ROOT / "studies" / study / "ablation.csv")
-    four = "nothing" if study == "ar_densed_kuramoto_sivashinsky" else "4 steps"  # its recipe
+    # The recipe for Kuramoto–Sivashinsky already trains on four-step rollouts.
+    four = "nothing" if study == "ar_densed_kuramoto_sivashinsky" else "4 steps"
     cells = []
     for model in (four, "4 steps, `bptt=1`"):
         best = min(float(row[column]) for row in rows if model in row.values())

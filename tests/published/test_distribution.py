@@ -1,4 +1,4 @@
-"""The distributions: what is in them, to the byte."""
+"""The wheel and the sdist contain what they should, to the byte."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.common import ROOT
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """Two builds, from copies of the project in two folders; each a wheel and an sdist."""
+    """Builds a wheel and an sdist twice, from copies of the project in two folders."""
     builds = []
     for name in ("one", "another"):
         folder = tmp_path_factory.mktemp(name)

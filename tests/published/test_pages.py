@@ -1,4 +1,4 @@
-"""README and the pages of docs/: every block runs, every link leads somewhere."""
+"""Every block of README and of the pages in docs/ runs, and every link leads somewhere."""
 
 import io
 import os
@@ -21,8 +21,9 @@ from tests.common import config, ROOT
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-# In which each block goes on from all those before it. Elsewhere a block goes on from the
-# first block of its page (of its section, in README), and can be copied together with that.
+# On these pages, each block continues from all blocks before it. On other pages, a block
+# continues from the first block of its page, and can be copied together with it. In README, a
+# block continues from the first block of its section.
 WALKS = (
     "boundary_conditions.md",
     "first_steps.md",
@@ -66,12 +67,12 @@ def programs():
 PROGRAMS = list(programs())
 
 
-# Which trains for so long that XLA's optimisations are worth their time.
+# This page trains for so long that XLA's optimisations pay off.
 TRAINS_LONG = "your_own_problem.md"
 
 
 def run(name, program):
-    """Runs the blocks of a program one after the other: in float32, as a reader would."""
+    """Runs the blocks of a program one after the other, in float32, as a reader would."""
     text = "".join(program)
     if "jax.shard_map" in text and not hasattr(jax, "shard_map"):
         pytest.skip("needs a newer JAX")
@@ -157,7 +158,8 @@ def boundary_conditions_need_the_padding_of_the_equation(
     assert right < 0.02 and wrong > 20 * right
     soft, hard = names["at_the_wall"]
     assert hard == 0 and soft > 0.1
-    # The exact steps, by series: sines vanish at the walls, cosines have no slope there.
+    # The exact steps follow from series: sines vanish at the walls, and cosines have no slope
+    # there.
     phase = jnp.pi * (jnp.arange(32) + 0.5) / 32
     for mode in (1, 2, 5):
         decay = 1 / (3 - 2 * jnp.cos(mode * jnp.pi / 32))
@@ -386,7 +388,7 @@ def recipe_follows_a_forcing_that_it_has_not_seen(
     f = draw(jax.random.key(3), 20)
     assert nrmse(not_forced, u_0, f) > 0.9
     assert jnp.linalg.norm(source - true_source) < 0.2 * jnp.linalg.norm(true_source)
-    # The steps by hand, with the forcing at both ends of each.
+    # The expected steps are written by hand, with the forcing at both ends of each step.
     laplacian = jnp.roll(jnp.eye(32), 1, axis=0) + jnp.roll(jnp.eye(32), -1, axis=0)
     laplacian = laplacian - 2 * jnp.eye(32)
     exact = emulated = u_0[:, 0]
@@ -459,11 +461,11 @@ def recipe_adapts_the_weights_to_the_losses(*, history, update, weights, kernel,
     for before, after in pairwise(history[1:]):
         assert abs(jnp.sum(after) - 5) < 1e-4
         assert jnp.any(before != after)
-    # Levels with larger losses count less.
+    # Time levels with larger losses have smaller weights.
     losses = names["time_level_losses"]
     assert (jnp.argsort(losses) == jnp.argsort(-weights)).all()
     assert jnp.ptp(weights) > 0.1
-    # And the weights are used.
+    # The update uses the weights.
     other, *_ = update(kernel, weights[::-1])
     assert jnp.any(other != update(kernel, weights)[0])
 
@@ -474,8 +476,8 @@ def recipe_opens_one_level_after_the_other(*, history, update, emulate, data, **
     for weights in history:
         assert weights[0] == 1 and jnp.all(jnp.diff(weights) <= 0)
     assert history[0][-1] < 0.003 and history[19][-1] > 0.999
-    assert history[20][-1] < history[19][-1]  # a larger eps asks for more
-    # The weights are those of the losses, by hand.
+    assert history[20][-1] < history[19][-1]  # a larger eps demands smaller losses
+    # The weights follow from the losses, as computed by hand.
     kernel, eps, losses = jnp.zeros(9, jnp.float32).at[4].set(1.0), 0.5, []
     u_prev = data[:, 0]
     for _ in range(5):
@@ -485,7 +487,7 @@ def recipe_opens_one_level_after_the_other(*, history, update, emulate, data, **
     expected = jnp.stack([jnp.exp(-eps * sum(losses[:t])) for t in range(5)])
     new_kernel, weights = update(kernel, jnp.ones(5), eps)
     assert_close_to(weights, expected)
-    # And they are used.
+    # The update uses the weights.
     assert jnp.any(new_kernel != update(kernel, weights, eps)[0])
 
 
@@ -496,14 +498,14 @@ def recipe_keeps_a_replay_buffer(*, kernel, buffer, update, draw, **_):
     was_visited = jnp.any(buffer != fresh, axis=1)
     assert jnp.mean(was_visited) > 0.9
     energy = jnp.mean(buffer**2, axis=1)
-    assert jnp.any(energy[was_visited] > 0.5)  # started anew: the others have decayed
+    assert jnp.any(energy[was_visited] > 0.5)  # started afresh: the others have decayed
     assert jnp.mean(energy < 0.2) > 0.5
-    # One update: a batch goes on, the rest of the buffer stays.
+    # In one update, a batch advances, and the rest of the buffer stays as it is.
     key = jax.random.key(3)
     new_kernel, after = update(kernel, buffer, key)
     assert jnp.sum(jnp.any(after != buffer, axis=1)) == 64
     assert jnp.any(new_kernel != kernel)
-    # What is not finite is replaced and harms nothing.
+    # States that are not finite are replaced, and do not reach the parameters.
     new_kernel, after = update(kernel, jnp.full_like(buffer, jnp.nan), key)
     assert jnp.sum(jnp.isfinite(after).all(axis=1)) == 64
     assert (new_kernel == kernel).all()
@@ -532,7 +534,7 @@ def recipe_with_noise_has_the_gradient_of_a_loop_by_hand(
 
 
 def assert_close_to(actual, expected, tolerance=1e-4):
-    """Relative to the largest entry of each leaf; in whatever precision."""
+    """Compares leaves relative to the largest entry of each leaf, in any precision."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     for x, y in pairs:
         assert jnp.shape(x) == jnp.shape(y)
@@ -540,7 +542,7 @@ def assert_close_to(actual, expected, tolerance=1e-4):
 
 
 def memory(function, *args):
-    """Bytes of temporary memory of the program that a user would have."""
+    """Returns the temporary memory, in bytes, of the program that a user would compile."""
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         with config("jax_enable_x64", False):
@@ -580,7 +582,7 @@ def test_every_claim_is_about_a_section_that_has_a_block():
 
 
 #
-# The messages of the FAQ are those that a user meets
+# The messages in the FAQ are those that a user sees
 #
 
 ONES = jnp.ones((16, 1, 32))
@@ -691,7 +693,7 @@ MESSAGES = {
 @pytest.mark.parametrize(
     "message",
     [
-        # What other packages say may differ from version to version.
+        # The messages of other packages may differ from version to version.
         pytest.param(m, marks=pytest.mark.slow if "_a_" in provoke.__name__ else ())
         for m, provoke in MESSAGES.items()
     ],
@@ -784,7 +786,7 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     listed = re.findall(r"(\w+\.md)$", navigation, re.MULTILINE)
     pages = [page.name for page in PAGES if page != README]
-    assert sorted(listed) == sorted([*pages, "index.md"])  # which is README
+    assert sorted(listed) == sorted([*pages, "index.md"])  # README becomes the page index.md
 
 
 def table_rows(lines):

@@ -1,4 +1,5 @@
-"""The site that `mkdocs build` made in site/: search, formulas, tables, figures, cards."""
+"""`mkdocs build` made the site in site/. These tests verify its search, formulas, tables,
+figures and cards."""
 
 import html.parser
 import json
@@ -11,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SITE = ROOT / "site"
 PAGES = [page for page in sorted(SITE.rglob("index.html")) if "assets" not in page.parts]
 
-# What practitioners search for.
+# Practitioners search for these words.
 WORDS = """residual, PINN, unsupervised, TBPTT, truncated backpropagation, replay buffer,
 Dirichlet, Neumann, ghost cell, forcing, inputs, batch norm, offload, temporal bundling,
 burn-in, overlapping, baseline, conservation, superiority, physics-informed, surrogate,
@@ -21,7 +22,7 @@ persistence, gradient clipping, boundary condition, warm-up, ablation""".replace
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a page, `[(tag, {attribute: value})]`."""
+    """Collects the elements of a page, `[(tag, {attribute: value})]`."""
 
     def __init__(self, page):
         super().__init__()
@@ -47,7 +48,7 @@ def test_search_finds(word, searched):
 
 
 def test_all_pages_are_built():
-    assert len(PAGES) == len(list((ROOT / "docs").glob("*.md"))) + 2  # README, the notebook
+    assert len(PAGES) == len(list((ROOT / "docs").glob("*.md"))) + 2  # README and the notebook
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -86,7 +87,7 @@ def test_formulas_are_typeset(name, formulas):
 def test_tables_of_benchmarks_are_shown(name, tables):
     page = SITE / name / "index.html"
     assert len(Elements(page).of("table")) >= tables
-    assert "<td>---" not in page.read_text()  # two tables in one
+    assert "<td>---" not in page.read_text()  # else two tables have merged
 
 
 def test_old_links_to_recipes_land_on_the_line_that_leads_on():
