@@ -6,12 +6,12 @@ python -m benchmarks.accelerators.draw
 import math
 import pathlib
 
-import matplotlib.patheffects
 import matplotlib.pyplot as plt
 
 from benchmarks import tables
 from benchmarks.accelerators.programs import TARGETS
 from benchmarks.accelerators.run import STEPS
+from benchmarks.labels import label_ends, OUTLINE, SIZE
 
 
 LINES = {  # loss, cut and options, in colours of Okabe and Ito; thick lines are residuum
@@ -21,7 +21,6 @@ LINES = {  # loss, cut and options, in colours of Okabe and Ito; thick lines are
     "bptt=5": (("residuum", "bptt=5", ""), dict(color="#56B4E9")),
     "bptt=1": (("residuum", "bptt=1", ""), dict(color="#0072B2", linewidth=3)),
 }
-LABEL_SIZE = 8  # points
 
 
 def draw(rows, target_name):
@@ -40,7 +39,6 @@ def draw(rows, target_name):
     edges = (0.8 / width, 0.5 / height, 1 - 1.45 / width, 1 - 0.35 / height)
     figure.subplots_adjust(*edges, 0.8, 0.2)
     limit = TARGETS[target_name].memory_gib * 2**30
-    outline = [matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")]
     for (name, title), axis in zip(titles.items(), axes.flat, strict=False):
         ends = {}
         for label, (key, style) in LINES.items():
@@ -58,7 +56,8 @@ def draw(rows, target_name):
                 face = style["color"] if point[2] == "yes" else "white"
                 marks = dict(markersize=4.5, color=style["color"], markerfacecolor=face)
                 axis.plot(*point[:2], marker="o", **marks, zorder=4)
-            ends[label] = y[-1]
+            end = f"{label}: {tables.with_prefix(y[-1], 'B')}"
+            ends[end] = (x[-1], y[-1], style["color"], label == "bptt=1")
         axis.set(xscale="log", yscale="log", title=title)
         axis.axhline(limit, color="#444444", linewidth=1, linestyle=(0, (5, 3)))
         axis.annotate(
@@ -66,9 +65,9 @@ def draw(rows, target_name):
             (10, limit),
             xytext=(0, 3),
             textcoords="offset points",
-            fontsize=LABEL_SIZE,
+            fontsize=SIZE,
             color="#444444",
-            path_effects=outline,
+            path_effects=OUTLINE,
         )
         low, high = axis.get_ylim()
         axis.set_ylim(low / 1.3, max(high, 2 * limit))
@@ -78,10 +77,10 @@ def draw(rows, target_name):
         axis.set_yticks(ticks, [tables.with_prefix(tick, "B") for tick in ticks])
         axis.minorticks_off()
         axis.set_xlim(8, 1250)
-        axis.tick_params(labelsize=LABEL_SIZE)
+        axis.tick_params(labelsize=SIZE)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        label_lines(figure, axis, ends)
+        label_ends(axis, ends)
     for axis in axes[-1]:
         axis.set_xlabel("rollout steps T", fontsize=9)
     for axis in axes[:, 0]:
@@ -96,34 +95,6 @@ def is_of_line(row, key):
     if options.endswith("*"):
         return row["options"] not in ("", "checkpoint=True")
     return row["options"] == options
-
-
-def label_lines(figure, axis, ends):
-    """Puts labels at the right ends of the lines, moved apart where they would touch."""
-    point = figure.dpi / 72
-    figure.canvas.draw()
-    place = {x: axis.transData.transform((1000, y))[1] / point for x, y in ends.items()}
-    height = LABEL_SIZE + 2
-    labels = sorted(place, key=place.get)
-    positions = [place[label] for label in labels]
-    for _ in range(100):
-        for i in range(len(positions) - 1):
-            overlap = height - (positions[i + 1] - positions[i])
-            if overlap > 0:
-                positions[i] -= overlap / 2
-                positions[i + 1] += overlap / 2
-    for label, position in zip(labels, positions, strict=True):
-        axis.annotate(
-            f"{label}: {tables.with_prefix(ends[label], 'B')}",
-            (1000, ends[label]),
-            xytext=(9, position - place[label]),
-            textcoords="offset points",
-            va="center",
-            fontsize=LABEL_SIZE,
-            color=LINES[label][1]["color"],
-            fontweight="bold" if label == "bptt=1" else None,
-            annotation_clip=False,
-        )
 
 
 def main():

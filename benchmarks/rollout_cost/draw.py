@@ -7,11 +7,10 @@ import collections
 import math
 import pathlib
 
-import matplotlib.patheffects
 import matplotlib.pyplot as plt
-import numpy as np
 
 from benchmarks import tables
+from benchmarks.labels import label_ends, SIZE
 
 
 COLUMNS = {  # the columns of the figure, and their units
@@ -31,7 +30,6 @@ STYLES = {
     "plain loop": dict(color="#0072B2", linestyle=":"),
     "residuum": dict(color="#0072B2", linewidth=3.5, markersize=5),
 }
-LABEL_SIZE = 8  # points
 
 
 def as_numbers(rows):
@@ -80,6 +78,7 @@ def draw(rows, networks, cut, path):
         squeeze=False,
     )
     figure.subplots_adjust(0.15, 0.55 / height, 0.94, 1 - 0.35 / height, 0.55, 0.2)
+    ends = {}
     for network, row_of_axes in zip(networks, axes, strict=True):
         lines = select_lines(rows, network, cut)
         name = dict(
@@ -90,12 +89,9 @@ def draw(rows, networks, cut, path):
             text = "canonical\nconvolutions"
             row_of_axes[0].annotate(text, (0, 0.5), xytext=(-108, -8), size=8, **name)
         for column, axis in zip(COLUMNS, row_of_axes, strict=True):
-            # The plain loop differs in run time only.
-            draw_panel(
-                axis,
-                {x: y for x, y in lines.items() if x != "plain loop" or column == "step_s"},
-                column,
-            )
+            # Of the plain loop only the run time differs.
+            shown = {x: y for x, y in lines.items() if x != "plain loop" or column == "step_s"}
+            ends[axis] = draw_panel(axis, shown, column)
     for (title, _), axis in zip(COLUMNS.values(), axes[0], strict=True):
         axis.set_title(title, fontsize=11, loc="left")
     steps = sorted({row["num_rollout_steps"] for row in rows if row["cut"] == cut})
@@ -106,15 +102,15 @@ def draw(rows, networks, cut, path):
         axis.minorticks_off()
     for axis in axes[-1]:
         axis.set_xlabel("rollout steps T")
-    figure.canvas.draw()
     for axis in axes.flat:
-        spread_labels(axis)
+        label_ends(axis, ends[axis])
     figure.savefig(path, dpi=130)
 
 
 def draw_panel(axis, lines, column):
+    """Returns the ends of the lines, for `label_ends`."""
     _, unit = COLUMNS[column]
-    values = []
+    values, ends = [], {}
     for baseline, rows in lines.items():
         points = [(row["num_rollout_steps"], row[column]) for row in rows if row[column]]
         if not points:
@@ -123,18 +119,7 @@ def draw_panel(axis, lines, column):
         values.extend(y)
         style = dict(linewidth=1.3, marker="o", markersize=3) | STYLES[baseline]
         axis.loglog(x, y, **style, zorder=3 if baseline == "residuum" else 2)
-        axis.annotate(
-            baseline,
-            (x[-1], y[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=style["color"],
-            fontsize=LABEL_SIZE,
-            fontweight="bold" if baseline == "residuum" else None,
-            va="center",
-            path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
-            zorder=4,
-        )
+        ends[baseline] = (x[-1], y[-1], style["color"], baseline == "residuum")
     if values:
         low, high = min(values), max(values)
         # An axis spans at least a factor of four, so that small fluctuations do not look like
@@ -143,9 +128,10 @@ def draw_panel(axis, lines, column):
         axis.set_ylim(low / room, high * room)
         axis.set_yticks(select_ticks(*axis.get_ylim()))
         axis.yaxis.set_major_formatter(lambda y, _: tables.with_prefix(y, unit))
-    axis.tick_params(labelsize=LABEL_SIZE)
+    axis.tick_params(labelsize=SIZE)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+    return ends
 
 
 def select_ticks(low, high):
@@ -156,32 +142,6 @@ def select_ticks(low, high):
         if len(ticks) <= 5:
             break
     return ticks
-
-
-def spread_labels(axis):
-    """Moves labels up and down until they touch neither another label nor a line."""
-    point = axis.figure.dpi / 72
-    labels = [label for label in axis.texts if label.get_text() in STYLES]
-    lines = [axis.transData.transform(line.get_xydata()) for line in axis.lines]
-    placed = []
-    for label in sorted(labels, key=lambda label: label.get_text() != "residuum"):
-        box = label.get_window_extent()
-        x = np.linspace(box.x0, box.x1)
-        near = [np.interp(x, *line.T, left=np.nan, right=np.nan) for line in lines]
-        near = np.concatenate([y[~np.isnan(y)] for y in near])
-        center = (box.y0 + box.y1) / 2
-
-        def is_free(shift, box=box, near=near, center=center):
-            y = center + shift * point
-            others = [y for x0, x1, y in placed if x0 < box.x1 and box.x0 < x1]
-            return not (
-                np.any(np.abs(near - y) < 0.55 * LABEL_SIZE * point)
-                or np.any(np.abs(np.array(others) - y) < (LABEL_SIZE + 1) * point)
-            )
-
-        shift = min(filter(is_free, range(-40, 41)), key=abs, default=0)
-        label.set_position((6, shift))
-        placed.append((box.x0, box.x1, center + shift * point))
 
 
 #

@@ -68,7 +68,13 @@ def test_figures_say_what_they_show(page):
 
 
 @pytest.mark.parametrize(
-    "name, formulas", [("first_steps", 2), ("your_own_problem", 3), ("diverted_chain", 8)]
+    "name, formulas",
+    [
+        ("first_steps", 2),
+        ("your_own_problem", 3),
+        ("diverted_chain", 8),
+        ("recipes_problems", 6),
+    ],
 )
 def test_formulas_are_typeset(name, formulas):
     text = (SITE / name / "index.html").read_text()
@@ -82,6 +88,13 @@ def test_tables_of_benchmarks_are_shown(name, tables):
     page = SITE / name / "index.html"
     assert len(Elements(page).of("table")) >= tables
     assert "<td>---" not in page.read_text()  # else two tables have merged
+
+
+def test_old_links_to_recipes_land_on_the_line_that_leads_on():
+    links = Elements(SITE / "recipes" / "index.html").of("a")
+    ids = {attrs["id"]: i for i, attrs in enumerate(links) if "id" in attrs}
+    for old, new in (("dropout", "dropout"), ("loss-scaling", "loss-scaling-in-float16")):
+        assert links[ids[old] + 1]["href"].endswith(f"/#{new}")
 
 
 def test_docstrings_have_no_list_by_accident():
