@@ -1,4 +1,4 @@
-"""Labels at the right ends of the lines of a figure."""
+"""Draws labels at the right ends of the lines of a figure."""
 
 import matplotlib.patheffects
 
@@ -8,12 +8,12 @@ OUTLINE = [matplotlib.patheffects.withStroke(linewidth=2, foreground="white")]
 
 
 def label_ends(axis, ends):
-    """`{label: (x, y, colour, is_bold)}`. Labels with the same x are moved up and down where
-    they would touch. Call it when the limits of the axis are final."""
+    """Draws labels `{label: (x, y, colour, is_bold)}`. Labels with the same x are moved up and
+    down if they would touch. Call this function when the limits of the axis are final."""
     axis.figure.canvas.draw()
     all_x = {x for x, *_ in ends.values()}
     for x in all_x:
-        # Where other lines go on, a label is below them rather than in between.
+        # If other lines continue, a label is below them rather than in between.
         below = 9 if x < max(all_x) else 0
         spread(axis, {label: end for label, end in ends.items() if end[0] == x}, below)
 

@@ -292,8 +292,8 @@ def test_every_kth_state_within_segments():
 @pytest.mark.parametrize("checkpoint", also_slow(True, slowly=[5]))
 def test_checkpoint_in_straight_code_stores_states_only(checkpoint):
     """In unrolled code, `checkpoint` stores states only. Before JAX 0.11.1, XLA removed the
-    barriers on a CPU before it looked for common subexpressions. It has to be told not to, as
-    the documentation says."""
+    barriers on a CPU before it looked for common subexpressions. These versions have to be told
+    to keep the barriers, as the documentation says."""
     straight = functools.partial(temporaries, "conv", 20, unroll=True)
     barriers_stay = {"xla_disable_hlo_passes": "cse_barrier_expander"}
     stored, again = straight(), straight(checkpoint=checkpoint)
@@ -378,8 +378,9 @@ def outer_loop(name, f, chunks):
 @pytest.mark.parametrize("bptt", also_slow(1, slowly=[5]))
 @pytest.mark.parametrize("name", also_slow("map", slowly=["scan", "fori_loop"]))
 def test_memory_inside_a_loop_that_is_differentiated_from_outside(name, bptt, prev):
-    """JAX moves whatever depends only on a loop's constants out of the loop. Here these are the
-    weights of the time levels, but not the cotangents that begin with the weights."""
+    """Inside a loop that is differentiated from outside, memory grows only by weights and
+    masks. JAX moves whatever depends only on a loop's constants out of the loop. Here these are
+    the weights of the time levels, but not the cotangents that begin with the weights."""
     params, data, stepper = network_problem("mlp")
     chunks = jnp.broadcast_to(data, (3, *data.shape))
 

@@ -447,8 +447,9 @@ COPIES_OF_ONE_STEP = 2 if (0, 8) <= jax.__version_info__ < (0, 11) else 1
 @pytest.mark.parametrize("bptt", also_slow(1, 7, slowly=[5]))
 @pytest.mark.parametrize("wrt", also_slow(0, slowly=[1, 2, (0, 1, 2)]))
 def test_memory_grows_with_the_rollout_by_one_copy_of_the_inputs(wrt, bptt, options):
-    """The gradient with respect to the inputs is a result, so it does not count as temporary
-    memory. With segments of 7 steps, both 20 and 1000 steps leave a last segment of 6 steps."""
+    """Memory grows with the rollout by one copy of the inputs. The gradient with respect to the
+    inputs is a result, so it does not count as temporary memory. With segments of 7 steps, both
+    20 and 1000 steps leave a last segment of 6 steps."""
 
     def temporaries(num_rollout_steps):
         traced, level = compile_forced(num_rollout_steps, bptt, wrt=wrt, **options)

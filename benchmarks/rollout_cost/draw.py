@@ -89,7 +89,7 @@ def draw(rows, networks, cut, path):
             text = "canonical\nconvolutions"
             row_of_axes[0].annotate(text, (0, 0.5), xytext=(-108, -8), size=8, **name)
         for column, axis in zip(COLUMNS, row_of_axes, strict=True):
-            # Of the plain loop only the run time differs.
+            # The plain loop differs in run time only.
             shown = {x: y for x, y in lines.items() if x != "plain loop" or column == "step_s"}
             ends[axis] = draw_panel(axis, shown, column)
     for (title, _), axis in zip(COLUMNS.values(), axes[0], strict=True):

@@ -38,12 +38,14 @@ PART = re.compile(r"^(#+) ([^\n]*)$|^```python\n(.*?)^```", re.MULTILINE | re.DO
 
 
 def slug(title):
-    """The anchor of a title, on which forges and mkdocs agree for the titles here."""
+    """Returns the anchor of a title. Forges and mkdocs agree on the anchors of the titles used
+    here."""
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def python_blocks(page):
-    """Section, blocks that come before, block, for each block of a page."""
+    """Yields for each block of a page its section, the blocks that come before, and the
+    block."""
     section, first = "", []
     for level, title, block in PART.findall(page.read_text()):
         if title:
@@ -55,7 +57,8 @@ def python_blocks(page):
 
 
 def programs():
-    """Section, or page, and list of blocks of what a reader would run in one go."""
+    """Yields the section or page, and the blocks of everything that a reader would run in one
+    go."""
     for page in PAGES:
         if page.name in WALKS:
             yield page.name, BLOCK.findall(page.read_text())
@@ -88,8 +91,8 @@ def run(name, program):
 
 
 #
-# What the text says of the blocks of a section, or of a page on which blocks build on each
-# other, is true
+# What the text says about the blocks of a section is true, or of a page on which blocks build
+# on each other
 #
 
 CLAIMS = {}
@@ -286,7 +289,7 @@ def recipe_of_the_graph_network_trains_on_the_same_residual(
     assert abs(untrained - 1.6) < 0.05
     assert 0.01 < loss(params) < 0.02
 
-    # With edges in the state, as for a mesh of each sample's own.
+    # The edges are a part of the state, as for meshes that differ between samples.
     def stepper(state):
         u, edges = state["u"], (state["senders"], state["receivers"])
         for layer in params:
@@ -751,7 +754,8 @@ def test_links_to_files_and_sections_that_exist(page):
         assert not anchor or anchor in anchors(target), link
 
 
-# The headings of recipes.md when all recipes were on this page, to which others may link.
+# These were the headings of recipes.md when it had all recipes, and other sites may link to
+# them.
 OLD_RECIPES = """\
 a-differential-algebraic-equation a-loss-relative-to-the-size-of-the-state
 a-parameter-for-each-sample a-replay-buffer a-schedule-of-cuts a-two-step-scheme
@@ -790,7 +794,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def table_rows(lines):
-    """The rows of a Markdown table by their first cell, each as {column: cell}."""
+    """Returns the rows of a Markdown table by their first cell, each as {column: cell}."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     _, *columns = cells[0]
     return {name: dict(zip(columns, row, strict=True)) for name, *row in cells[2:]}
