@@ -1,5 +1,5 @@
-"""The claims of `residuum_loss`: its value and its derivatives are those of a textbook Python
-loop.
+"""These tests verify that `residuum_loss` has the value and the derivatives of a textbook
+Python loop.
 
 The textbook loop below is the oracle, and the two agree in float64 to 1e-9. To run this file,
 put residuum.py in the same folder and `pip install jax jaxtyping chex pytest`. The folder

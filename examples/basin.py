@@ -100,13 +100,14 @@ def inflow(flux_u, flux_v):
 
 
 def crank_nicolson(u_next, u_prev, wind):
-    """Zero if `u_next` is one step of length `DT` after `u_prev`, with a constant wind."""
+    """Returns zero if `u_next` is one step after `u_prev`, with a constant wind."""
     slopes = (time_derivative(u.fields, u_prev, wind) for u in (u_prev, u_next))
     return u_next.fields - u_prev.fields - DT / 2 * sum(slopes)
 
 
 def hermite(u_next, u_prev, wind):
-    """Zero if `u_next` is one step after `u_prev`, of fourth order except for the drag."""
+    """Returns zero if `u_next` is one step, of fourth order except for the drag, after
+    `u_prev`."""
     f = lambda fields: time_derivative(fields, u_prev, wind)
     slope_0, slope_1 = f(u_prev.fields), f(u_next.fields)
     bend = jax.jvp(f, (u_prev.fields,), (slope_0 - slope_1,))[1]

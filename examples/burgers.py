@@ -65,7 +65,7 @@ def time_derivative(u):
 
 
 def crank_nicolson(u_next, u_prev):
-    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`."""
+    """Returns zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`."""
     slope = (time_derivative(u_next) + time_derivative(u_prev)) / 2
     return u_next - u_prev - DT * slope
 

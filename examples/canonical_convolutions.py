@@ -1,5 +1,4 @@
-"""A function to copy: it makes convolutions in loops on a CPU about as fast as outside of
-loops.
+"""Makes convolutions in loops on a CPU about as fast as outside of loops. Copy this file.
 
 On a CPU, XLA compiles most convolutions in a loop, such as a rollout, to code that takes many
 times as long as the same convolutions outside (https://github.com/jax-ml/jax/issues/12868). A

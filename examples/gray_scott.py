@@ -62,7 +62,7 @@ def reaction(state):
 
 
 def imex_euler(u_next, u_prev):
-    """Zero for each field if `u_next` is one step of length `DT` after `u_prev`."""
+    """Returns zero for each field if `u_next` is one step of length `DT` after `u_prev`."""
     slope = DIFFUSIVITY * laplacian(u_next.fields) + reaction(u_prev)
     return u_next.fields - u_prev.fields - DT * slope
 
@@ -101,7 +101,7 @@ CHANGE_SIZE = np.array([2e-3, 1.5e-3])[:, None, None]
 
 
 def scaled_residual(u_next, u_prev):
-    """The preconditioned residual. Its mean square is about 1 if nothing changes."""
+    """Preconditions the residual. Its mean square is then about 1 if nothing changes."""
     return invert_diffusion(imex_euler(u_next, u_prev)) / CHANGE_SIZE
 
 

@@ -51,8 +51,8 @@ def time_derivative(u):
 
 
 def preconditioned_crank_nicolson(u_next, u_prev):
-    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. To first
-    order, this residual is the error of `u_next`, since the linear part of the step is
+    """Returns zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. To
+    first order, this residual is the error of `u_next`, since the linear part of the step is
     inverted."""
     slope = (time_derivative(u_next) + time_derivative(u_prev)) / 2
     residual = jnp.fft.rfft2(u_next - u_prev) - DT * slope

@@ -45,7 +45,7 @@ def time_derivative(u):
 
 
 def implicit_midpoint(u_next, u_prev):
-    """Zero if `u_next` is one step of length `DT` after `u_prev`."""
+    """Returns zero if `u_next` is one step of length `DT` after `u_prev`."""
     return u_next - u_prev - DT * time_derivative((u_next + u_prev) / 2)
 
 

@@ -1,8 +1,8 @@
-"""A replay buffer: training continues from the final states of earlier rollouts.
+"""Keeps a replay buffer: training continues from the final states of earlier rollouts.
 
 The emulator is then trained along its own trajectories, as in a long rollout whose gradient is
 cut between the updates. The buffer is a PyTree of states with leaves `[buffer_size, ...]`. Each
-update takes a few states out of it and puts `Rollout.final_state` back.
+update takes a few states out of the buffer and puts `Rollout.final_state` back.
 """
 
 import jax
@@ -18,7 +18,8 @@ def sample(buffer, batch_size, key):
 
 
 def diverged(states, bound):
-    """Whether a state of `[batch, ...]` exceeds the bound or is NaN anywhere, `bool[batch]`."""
+    """Returns `bool[batch]`: whether a state of `[batch, ...]` exceeds the bound or has a
+    NaN."""
     is_fine = lambda x: jnp.all(jnp.abs(x) < bound, axis=tuple(range(1, x.ndim)))
     return ~jnp.all(jnp.stack([is_fine(x) for x in jax.tree.leaves(states)]), axis=0)
 

@@ -32,7 +32,7 @@ REPORT_STEPS = (1, 10, 50, 100)
 
 
 def scaled_residual(u_next, u_prev, wind):
-    """The scaled residual. Its mean square is about 1 if nothing changes, `u_next = u_prev`."""
+    """Scales the residual. Its mean square is then about 1 if nothing changes."""
     return basin.hermite(u_next, u_prev, wind) / basin.CHANGE_SIZE
 
 

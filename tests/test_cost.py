@@ -1,6 +1,6 @@
-"""The deterministic part of the cost: there are loops where they save compile time and none
-where they cost run time, JAX traces each function once, and the compiler allocates as much
-memory as the documentation says."""
+"""These tests verify the deterministic part of the cost: there are loops where they save
+compile time and none where they cost run time, JAX traces each function once, and the compiler
+allocates as much memory as the documentation says."""
 
 import collections
 import functools

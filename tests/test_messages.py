@@ -227,7 +227,7 @@ def test_shapes_and_refs_are_not_arrays():
 
 @jax.tree_util.register_pytree_node_class
 class Checked:
-    """A state that checks what it is made of."""
+    """Holds a state and checks what it is made of."""
 
     def __init__(self, u):
         assert hasattr(u, "shape") and hasattr(u, "dtype")

@@ -261,7 +261,7 @@ def descriptions(value):
 
 
 def is_said(expectation, value, error):
-    """Whether the error says what was expected and what was received instead."""
+    """Returns whether the error says what was expected and what was received instead."""
     if expectation.startswith("Raised"):
         return any(note.startswith(expectation) for note in error.__notes__)
     if type(error) not in (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A user's file, which shows what type checkers know about an installed wheel. CI type-checks
+"""This file of a user shows what type checkers know about an installed wheel. CI type-checks
 it, and no test runs it."""
 
 # pyright: reportUnnecessaryTypeIgnoreComment=true

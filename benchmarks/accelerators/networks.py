@@ -35,7 +35,7 @@ def conv_net(params, u):
 
 
 def fno(params, u):
-    """Fourier neural operator, Li et al., https://arxiv.org/abs/2010.08895."""
+    """Applies a Fourier neural operator, Li et al., https://arxiv.org/abs/2010.08895."""
     lift, layers, project = params
     hidden = lift[:, None, None] * u
     for spectral, bypass in layers:

@@ -41,8 +41,7 @@ class ConvNet(eqx.Module):
 
 
 class UNet(eqx.Module):
-    """A U-Net with two levels in 2D: a strided convolution down, and a transposed convolution
-    up."""
+    """Has two levels in 2D: a strided convolution down, and a transposed convolution up."""
 
     first: eqx.nn.Conv2d
     down: eqx.nn.Conv2d

@@ -56,7 +56,8 @@ class ConvNet(eqx.Module):
 
 
 class FNO(eqx.Module):
-    """Fourier neural operator, Li et al., https://arxiv.org/abs/2010.08895."""
+    """This network is the Fourier neural operator of Li et al.,
+    https://arxiv.org/abs/2010.08895."""
 
     lift: eqx.nn.Conv1d
     bypasses: list

@@ -42,8 +42,8 @@ def time_derivative(u):
 
 
 def hermite(u_next, u_prev):
-    """Zero if `u_next` is one step of length `DT` after `u_prev`. The residual is of fourth
-    order in time, from the first and second time derivatives of the two states."""
+    """Returns zero if `u_next` is one step of length `DT` after `u_prev`. The residual is of
+    fourth order in time, from the first and second time derivatives of the two states."""
     slope_0, bend_0 = jax.jvp(time_derivative, (u_prev,), (time_derivative(u_prev),))
     slope_1, bend_1 = jax.jvp(time_derivative, (u_next,), (time_derivative(u_next),))
     return u_next - u_prev - DT / 2 * (slope_0 + slope_1) - DT**2 / 12 * (bend_0 - bend_1)
@@ -54,7 +54,7 @@ def crank_nicolson(u_next, u_prev):
 
 
 def published_residual(u_next, u_prev):
-    """The residual of AR-DenseED: Crank–Nicolson, with advection in the form u ∂u/∂x,
+    """Computes the residual of AR-DenseED: Crank–Nicolson, with advection in the form u ∂u/∂x,
     second-order differences, and a mesh width of 1/513 on a grid of 1/512."""
     width = 1 / (NUM_POINTS + 1)
     left, right = (lambda u: jnp.roll(u, 1, -1)), (lambda u: jnp.roll(u, -1, -1))

@@ -55,7 +55,8 @@ def read_weights(path):
 
 
 def of_burgers(weights):
-    """Whether the network is the one for Burgers' equation, which begins with three layers."""
+    """Returns whether the network is the one for Burgers' equation, which begins with three
+    layers."""
     return "In_conv3.weight" in weights
 
 

@@ -35,8 +35,8 @@ DIFFERENCES = (  # symbols of the second-order differences
 
 
 def crank_nicolson(u_next, u_prev, symbols=SPECTRAL, precondition=False):
-    """Zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. States are
-    `[1, NUM_POINTS]`."""
+    """Returns zero if `u_next` is one Crank–Nicolson step of length `DT` after `u_prev`. States
+    are `[1, NUM_POINTS]`."""
     first, second = symbols
     linear = second - second**2  # symbol of -∂²/∂x² - ∂⁴/∂x⁴
     slope = lambda u: linear * jnp.fft.rfft(u) - 0.5j * first * jnp.fft.rfft(u**2)
@@ -45,8 +45,8 @@ def crank_nicolson(u_next, u_prev, symbols=SPECTRAL, precondition=False):
 
 
 def preconditioned_crank_nicolson(u_next, u_prev, symbols=SPECTRAL):
-    """The Crank–Nicolson residual with the linear part of the step inverted. To first order, it
-    is the error of `u_next`."""
+    """Computes the Crank–Nicolson residual with the linear part of the step inverted. To first
+    order, it is the error of `u_next`."""
     return crank_nicolson(u_next, u_prev, symbols, precondition=True)
 
 

@@ -140,7 +140,7 @@ def evaluate(stepper, tests):
 
 
 def score(row):
-    """The score of a learning rate. The better learning rate has the lower score."""
+    """Returns the score of a learning rate. The better learning rate has the lower score."""
     error = float(row["patterns, u and v, 50"]) + float(row["seeds, u and v, 50"])
     return error if error == error else float("inf")  # NaN
 

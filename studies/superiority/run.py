@@ -54,7 +54,7 @@ def change(v, wind):
 
 
 def implicit_euler(u_next, u_prev):
-    """Zero if `u_next` is the step of the fine solver after `u_prev`."""
+    """Returns zero if `u_next` is the step of the fine solver after `u_prev`."""
     return u_next - u_prev - change(u_next, wind=u_next)
 
 
@@ -63,9 +63,9 @@ AMPLIFICATION = 1 + COURANT * np.abs(1 - np.exp(1j * WAVENUMBERS))
 
 
 def preconditioned(u_next, u_prev):
-    """The residual of `implicit_euler` without its amplification of short waves: with a wind of
-    1, an error of `u_next` enters the residual multiplied by up to `AMPLIFICATION`. The
-    residual is divided by the RMS of the residual of persistence, so that all states count
+    """Computes the residual of `implicit_euler` without its amplification of short waves: with
+    a wind of 1, an error of `u_next` enters the residual multiplied by up to `AMPLIFICATION`.
+    The residual is divided by the RMS of the residual of persistence, so that all states count
     alike."""
     scaled = lambda r: jnp.fft.irfft(jnp.fft.rfft(r) / AMPLIFICATION)
     size = jnp.mean(scaled(implicit_euler(u_prev, u_prev)) ** 2)

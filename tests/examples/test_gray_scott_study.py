@@ -70,7 +70,7 @@ def test_training_starts_at_the_identity(start_at_identity):
 
 
 def drifting(recipe, key):
-    """An emulator that adds the typical change of a step at every step."""
+    """Adds the typical change of a step at every step, as an emulator that drifts."""
     bias = lambda x: x.network.layers[-1].bias
     return eqx.tree_at(bias, Emulator(recipe, key), jnp.ones((2, 1, 1)))
 
