@@ -1,7 +1,7 @@
 """What the distributions hold that is not in the repository as it stands.
 
-The wheel holds residuum.py as a package, with the `py.typed` beside it that tells type checkers
-to look into it. The readme on PyPI is README.md with absolute links; the address of the
+The wheel holds residuum.py as a package, together with the `py.typed` that tells type checkers
+to look into it. The readme on PyPI is README.md with absolute links. The address of the
 repository is one setting, `project.urls.Repository` in pyproject.toml.
 """
 

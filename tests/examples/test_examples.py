@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from tests.common import ROOT, slow
+from tests.common import ROOT, run_example, slow
 
 
 class Table(NamedTuple):
