@@ -83,6 +83,24 @@ EXAMPLES = {
         has_fields=False,
         line=r"Data for supervision: 0\.20 MB, made in \d+ ms",
     ),
+    "error_estimate": Example(
+        [
+            Table(
+                states,
+                STEPS,
+                {
+                    "true nRMSE": "* * *",
+                    "estimated": "* * *",
+                    "corrected": "* * *",
+                    "ratio, least": "* * *",
+                    "ratio, largest": "* * *",
+                },
+            )
+            for states in ("like training", "1.5 times as large", "rougher")
+        ],
+        aspect=15 / 3.2,
+        colors=common.COLORS[1:4],
+    ),
     "lorenz": Example(
         [LORENZ],
         aspect=11 / 3.6,
