@@ -151,7 +151,8 @@ def main():
     double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
     arguments = jax.tree.map(double, stepper), burgers.crank_nicolson
     estimate = partial(estimate_error, *arguments, num_rollout_steps=NUM_STEPS)
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3.2), layout="constrained")
+    widths = dict(width_ratios=(1, 1, 1, 1, 1.3))
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.2), layout="constrained", **widths)
     for (name, states), color in zip(tests.items(), COLORS[1:], strict=False):
         exact = rollout(exact_step, double(states), NUM_STEPS)[:, 1:]
         emulated, errors = jax.jit(jax.vmap(estimate))(double(states))
@@ -168,7 +169,7 @@ def main():
         rows = {title: jnp.mean(x, axis=0) for title, x in rows.items()}
         for (_, error), line in zip(rows.items(), ("-", ":", "--"), strict=True):
             times = burgers.DT * jnp.arange(1, NUM_STEPS + 1)
-            axes[4].semilogy(times, error, color=color, linestyle=line)
+            axes[4].semilogy(times, error, line, color="black" if line == ":" else color)
         axes[4].plot([], color=color, label=name)
         rows |= {
             "ratio, least": jnp.min(ratio, axis=0),
@@ -181,8 +182,8 @@ def main():
                 extent = (NUM_STEPS * burgers.DT, burgers.DOMAIN_EXTENT)
                 figure.colorbar(show(axis, title, u[0, :, 0], extent), ax=axis)
                 axis.set(xlabel="time t", ylabel="position x")
-    axes[4].set(title="nRMSE: true (solid),\nestimated (dotted), corrected (dashed)")
-    axes[4].set(xlabel="time t")
+    axes[4].set(title="solid: true, dotted: estimated,\ndashed: corrected", xlabel="time t")
+    axes[4].set(ylabel="nRMSE")
     axes[4].legend(fontsize="small")
     save_figure(args.output, figure)
 

@@ -148,3 +148,17 @@ def run_python(*arguments, cwd):
 
 def run_example(name, *arguments, cwd):
     return run_program(ROOT / "examples" / f"{name}.py", *arguments, cwd=cwd)
+
+
+def read_picture(path):
+    """Returns red, green and blue in [0, 1], `[height, width, 3]`."""
+    import matplotlib.image
+
+    return matplotlib.image.imread(path)[..., :3]
+
+
+def num_pixels(picture, color):
+    """Counts the pixels of a color `#RRGGBB`."""
+    from matplotlib.colors import to_rgb
+
+    return int(np.sum(np.all(np.abs(picture - to_rgb(color)) < 0.01, axis=-1)))

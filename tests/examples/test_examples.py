@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 import common
 import cuts
-import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 
-from tests.common import ROOT, run_example, slow
+from tests.common import num_pixels, read_picture, ROOT, run_example, slow
 
 
 class Table(NamedTuple):
@@ -180,16 +178,6 @@ def read_table(output, heading):
     lines = [re.split(" {2,}", line.strip(), maxsplit=1) for line in table.strip().split("\n")]
     (_, columns), *rows = lines
     return re.split(" {2,}", columns), {name: cells.split() for name, cells in rows}
-
-
-def read_picture(path):
-    """Returns red, green and blue in [0, 1], `[height, width, 3]`."""
-    return matplotlib.image.imread(path)[..., :3]
-
-
-def num_pixels(picture, color):
-    """Counts the pixels of a color `#RRGGBB`."""
-    return int(np.sum(np.all(np.abs(picture - to_rgb(color)) < 0.01, axis=-1)))
 
 
 def agree(cell, expected):

@@ -11,8 +11,7 @@ import pytest
 from benchmarks.tables import read_csv, write_csv
 from studies.which_cut import draw, run as which_cut
 from test_residuum import assert_close, evaluate, problem, residuum_loss
-from tests.common import ROOT, run_module, slow
-from tests.examples.test_examples import num_pixels, read_picture
+from tests.common import num_pixels, read_picture, ROOT, run_module, slow
 
 
 @functools.cache
