@@ -1,12 +1,12 @@
-"""Every check of the project by its name.
+"""Runs every check of the project by its name.
 
     pip install nox uv
-    nox --list                      all sessions, with a line about each
-    nox -s lint                     one of them, in an environment of its own
-    nox -s "tests(3.12, newest)"    the tests, by Python and by JAX
-    nox -s quick -- -k meshes       what follows -- goes to pytest
+    nox --list                      lists all sessions, with a line about each
+    nox -s lint                     runs one session, in an environment of its own
+    nox -s "tests(3.12, newest)"    runs the tests on one Python and one JAX
+    nox -s quick -- -k meshes       passes everything after -- to pytest
 
-Environments are made by uv where it is installed. A missing interpreter is an error.
+uv makes the environments where it is installed. A missing interpreter is an error.
 """
 
 import re
@@ -30,7 +30,7 @@ PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 
 
 def requirements(*extras):
-    """The requirements of the project and of the given extras, without the project itself."""
+    """Returns the requirements of the project and of the given extras, without the project."""
     found = {*PROJECT["dependencies"]}
     for extra in extras:
         for requirement in PROJECT["optional-dependencies"][extra]:
@@ -46,7 +46,7 @@ def pytest(session, *args, **env):
 @nox.session
 @nox.parametrize("python, jax", VERSIONS, ids=[", ".join(version) for version in VERSIONS])
 def tests(session, jax):
-    """The library's tests, by Python and by JAX; with `-- -m "not slow"`, the quick ones."""
+    """Runs the library's tests by Python and JAX; `-- -m "not slow"` selects the quick ones."""
     needed = requirements("test")
     if jax == "lower bounds":
         needed = [r.replace(">=", "==") for r in needed]
@@ -60,14 +60,14 @@ def tests(session, jax):
 
 @nox.session(python=NEWEST)
 def quick(session):
-    """The library's tests that are not slow, on the newest Python and JAX."""
+    """Runs the library's tests that are not slow, on the newest Python and JAX."""
     session.install(*requirements("test"))
     pytest(session, "-m", "not slow")
 
 
 @nox.session(python="3.12")
 def flags(session):
-    """Quick tests with XLA's optimisations; derivatives with JAX's new rematerialisation."""
+    """Runs quick tests with XLA's optimisations, and with JAX's new rematerialisation."""
     session.install(*requirements("test-examples"))
     files = ["test_residuum.py", "tests/test_cost.py"]
     optimized = ["tests/examples/test_canonical_convolutions.py", "tests/test_precision.py"]
@@ -80,7 +80,7 @@ def flags(session):
 
 @nox.session(python=OLDEST)
 def annotations(session):
-    """Values, cost and precision at the lower bounds, annotations checked at run time."""
+    """Tests the library at its lower bounds, with annotations checked at run time."""
     needed = [r.replace(">=", "==") for r in requirements("test")]
     session.install("beartype==0.19.0", *needed)
     # Not the files about messages: where the annotations object first, ours are not seen.
@@ -92,7 +92,7 @@ def annotations(session):
 
 @nox.session(python=NEWEST)
 def mutants(session):
-    """Mutation testing of residuum.py, but for the checks at its end (hours)."""
+    """Runs mutation tests of residuum.py, except for the checks at its end (takes hours)."""
     session.install("cosmic-ray", *requirements("test"), env={"UV_COMPILE_BYTECODE": "1"})
     copy, config, results = Path(session.create_tmp(), "copy"), "tests/mutants.toml", "results"
     fresh = "continue" not in session.posargs
@@ -118,7 +118,7 @@ def mutants(session):
 
 @nox.session(python=NEWEST)
 def lint(session):
-    """Errors and format of the code; workflows and CITATION.cff against their schemas."""
+    """Lints the code, and validates workflows and CITATION.cff against their schemas."""
     session.install("check-jsonschema", *[r for r in requirements("dev") if "ruff" in r])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -129,7 +129,7 @@ def lint(session):
 
 @nox.session(python=NEWEST)
 def types(session):
-    """mypy on residuum.py and the examples, strictly on residuum.py; pyright on residuum.py."""
+    """Runs mypy on the examples, and mypy, mypy --strict and pyright on residuum.py."""
     session.install(*[r for r in requirements("dev") if not r.startswith("trainax")])
     session.run("mypy")
     session.run("mypy", "--strict", "residuum.py")
@@ -138,7 +138,7 @@ def types(session):
 
 @nox.session(python=NEWEST)
 def docs(session):
-    """The site, strictly: every page, link and anchor, the notebook, what search finds."""
+    """Builds the site in strict mode, and tests its pages, links, notebook and search."""
     session.install("pytest", *requirements("docs"), ".")
     env = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env=env)
@@ -147,14 +147,14 @@ def docs(session):
 
 @nox.session(python=NEWEST)
 def pages(session):
-    """Every block of README and docs/ runs and does what the text says; links; messages."""
+    """Runs every block of README and docs/, and tests their claims, links and messages."""
     session.install(*requirements("test-examples"), ".")
     pytest(session, "tests/published/test_pages.py")
 
 
 @nox.session(python=NEWEST)
 def two_files(session):
-    """residuum.py and test_residuum.py alone, in an empty folder: as after copying them."""
+    """Runs test_residuum.py in a folder that has only this file and residuum.py."""
     folder = Path(session.create_tmp()) / "project"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -167,14 +167,14 @@ def two_files(session):
 
 @nox.session(python=NEWEST)
 def examples(session):
-    """All examples and studies in quick mode: what they print and draw, slow ones included."""
+    """Tests what all examples and studies print and draw in quick mode, slow ones included."""
     session.install(*requirements("test-examples"), ".")
     pytest(session, "tests/examples")
 
 
 @nox.session(python=NEWEST)
 def benchmarks(session):
-    """The benchmark of a rollout's cost, for one network in seconds, and its figure."""
+    """Runs the benchmark of a rollout's cost for one network, in seconds, with its figure."""
     session.install(*requirements("benchmarks"), ".")
     folder = session.create_tmp()
     quick = ["--networks", "MLP", "--steps", "10", "--seconds", "0.5", "--cuts", "bptt=5"]
@@ -185,8 +185,7 @@ def benchmarks(session):
 
 @nox.session(python=NEWEST)
 def dist(session):
-    """What is in the distributions. The wheel by itself: README's first example, and type
-    checkers on a user's file."""
+    """Tests the distributions, and runs README's example and type checkers on the wheel."""
     folder = Path(session.create_tmp())
     session.install("hatchling", "pytest", *requirements())
     options = ("--noconftest", "tests/published/test_distribution.py")
@@ -206,7 +205,7 @@ def dist(session):
 
 @nox.session(python="3.12")
 def accelerators(session):
-    """Compiles for TPUs and GPUs, without the devices (needs 6 GB of memory)."""
+    """Compiles programs for TPUs and GPUs without the devices, in 6 GB of memory."""
     compilers = ("tpu",) if "v5e" in " ".join(session.posargs) else ("tpu", "gpu")
     session.install(*requirements("test-examples", *compilers))
     file = "tests/examples/test_accelerators.py"
