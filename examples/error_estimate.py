@@ -182,8 +182,8 @@ def main():
                 extent = (NUM_STEPS * burgers.DT, burgers.DOMAIN_EXTENT)
                 figure.colorbar(show(axis, title, u[0, :, 0], extent), ax=axis)
                 axis.set(xlabel="time t", ylabel="position x")
-    axes[4].set(title="solid: true, dotted: estimated,\ndashed: corrected", xlabel="time t")
-    axes[4].set(ylabel="nRMSE")
+    axes[4].set_title("true (solid), estimated (dotted), corrected (dashed)", fontsize="small")
+    axes[4].set(xlabel="time t", ylabel="nRMSE")
     axes[4].legend(fontsize="small")
     save_figure(args.output, figure)
 

@@ -24,6 +24,7 @@ from benchmarks.tiny_networks import run as tiny_networks
 from studies import train_and_tabulate
 from studies.ar_densed_burgers import run as ar_densed_burgers
 from studies.ar_densed_kuramoto_sivashinsky import run as ar_densed_kuramoto_sivashinsky
+from studies.error_estimate import run as error_estimate
 from studies.gray_scott import run as gray_scott
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
@@ -117,6 +118,7 @@ TABLES = {  # Markdown file: rows, and the function that makes the table from th
         for name, columns in shallow_water.TABLES.items()
     },
     "studies/gray_scott/ablation": ("ablation", gray_scott.markdown),
+    "studies/error_estimate/table": ("rows", error_estimate.markdown),
     "studies/which_cut/table": ("rows", which_cut.markdown),
     "benchmarks/convolutions_on_cpu/table": ("rows", convolutions_on_cpu.markdown),
     "benchmarks/rollout_cost/table": (
@@ -230,6 +232,20 @@ def test_shallow_water(tmp_path):
     run_quickly(shallow_water.__name__, tmp_path, "--ablation", figure=False)
     rows = read_csv(tmp_path / "ablation.csv")
     assert [row["model"] for row in rows][1:] == list(shallow_water.ABLATION)[:2]
+
+
+@slow
+def test_error_estimate(tmp_path):
+    run_quickly(error_estimate.__name__, tmp_path, figure=False)
+    rows = read_csv(tmp_path / "rows.csv")
+    assert [row["step"] for row in rows] == 3 * ["1", "10", "all"]
+    for row in rows[::3]:  # even a poor emulator is as wrong as the estimate says
+        assert float(row["least, below 0.2"]) == pytest.approx(1, abs=0.02)
+        assert float(row["largest, below 0.2"]) == pytest.approx(1, abs=0.02)
+    bad = read_csv(tmp_path / "bad.csv")
+    assert [row["emulator"] for row in bad][2:] == ["walls, 50 updates", "viscosity × 10"]
+    assert all(row["above 0.3"] == row["estimated in time"] for row in bad)
+    assert int(bad[0]["above 0.3"]) == int(bad[0]["samples"])
 
 
 @slow

@@ -28,6 +28,7 @@ WALKS = (
     "boundary_conditions.md",
     "first_steps.md",
     "forcing.md",
+    "how_good_is_it.md",
     "scaling_out.md",
     "your_own_problem.md",
 )
@@ -170,6 +171,21 @@ def boundary_conditions_need_the_padding_of_the_equation(
             u = shape(mode * phase)
             u_next = exact_step(partial(implicit_euler, pad=pad), u)
             assert_close_to(u_next, decay * u)
+
+
+@claim("how_good_is_it.md")
+def an_emulator_is_judged_without_reference_trajectories(
+    *, floors, baselines, estimated, true, corrected, after_correction, **_
+):
+    coarse, half_step, half_width = floors.values()
+    assert abs(coarse - 0.0127) < 3e-4 and coarse - half_step < 5e-4
+    assert abs(half_width - 0.0026) < 3e-4
+    persistence, explicit, once, twice, three_times = baselines.values()
+    assert persistence > 1 and once < 0.08
+    assert max(explicit, twice) < coarse / 4 and three_times < 3e-4
+    assert abs(estimated / true - 1) < 0.05 and true == pytest.approx(0.066, rel=0.03)
+    assert corrected < true / 6
+    assert after_correction < 2e-5
 
 
 @claim("recipes_training.md#pushforward-and-burn-in")

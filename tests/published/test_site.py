@@ -16,9 +16,8 @@ PAGES = [page for page in sorted(SITE.rglob("index.html")) if "assets" not in pa
 WORDS = """residual, PINN, unsupervised, TBPTT, truncated backpropagation, replay buffer,
 Dirichlet, Neumann, ghost cell, forcing, inputs, batch norm, offload, temporal bundling,
 burn-in, overlapping, baseline, conservation, superiority, physics-informed, surrogate,
-persistence, gradient clipping, boundary condition, warm-up, ablation""".replace(
-    "\n", " "
-).split(", ")
+persistence, gradient clipping, boundary condition, warm-up, ablation, error estimate,
+floor of the residual""".replace("\n", " ").split(", ")
 
 
 class Elements(html.parser.HTMLParser):
