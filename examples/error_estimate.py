@@ -151,8 +151,10 @@ def main():
     double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
     arguments = jax.tree.map(double, stepper), burgers.crank_nicolson
     estimate = partial(estimate_error, *arguments, num_rollout_steps=NUM_STEPS)
-    widths = dict(width_ratios=(1, 1, 1, 1, 1.3))
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3.2), layout="constrained", **widths)
+    widths = (1, 1, 1, 1, 1.3)
+    figure, axes = plt.subplots(
+        1, 5, figsize=(15, 3.2), width_ratios=widths, layout="constrained"
+    )
     for (name, states), color in zip(tests.items(), COLORS[1:], strict=False):
         exact = rollout(exact_step, double(states), NUM_STEPS)[:, 1:]
         emulated, errors = jax.jit(jax.vmap(estimate))(double(states))
@@ -182,7 +184,7 @@ def main():
                 extent = (NUM_STEPS * burgers.DT, burgers.DOMAIN_EXTENT)
                 figure.colorbar(show(axis, title, u[0, :, 0], extent), ax=axis)
                 axis.set(xlabel="time t", ylabel="position x")
-    axes[4].set_title("true (solid), estimated (dotted), corrected (dashed)", fontsize="small")
+    axes[4].set_title("solid: true, dotted: estimated,\ndashed: corrected", fontsize="small")
     axes[4].set(xlabel="time t", ylabel="nRMSE")
     axes[4].legend(fontsize="small")
     save_figure(args.output, figure)
