@@ -17,16 +17,9 @@ residual*, not against the solution of the equation.
 
 from functools import partial
 
-import burgers
-import equinox as eqx
-import exponax as ex
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
-from common import COLORS, parse_options, print_table, rollout, save_figure, show
 from jax.flatten_util import ravel_pytree
-
-from residuum import residuum_loss
 
 
 def gmres(operator, right_hand_side, **options):
@@ -114,7 +107,8 @@ def from_real_vector(vector, like):
 
 
 #
-# Burgers' equation
+# Burgers' equation. The functions above need jax alone, so that this file may be copied: here,
+# each function imports what else it needs
 #
 
 NUM_STEPS, REPORT_STEPS = 50, (1, 10, 50)
@@ -122,15 +116,20 @@ NUM_STEPS, REPORT_STEPS = 50, (1, 10, 50)
 
 def exact_step(u_prev):
     """Solves the residual by Newton's method, for comparison with the estimate."""
+    from burgers import crank_nicolson
+
     u = u_prev
     for _ in range(8):
-        residual = lambda u: burgers.crank_nicolson(u[None], u_prev)[0]
+        residual = lambda u: crank_nicolson(u[None], u_prev)[0]
         u -= jnp.linalg.solve(jax.jacfwd(residual)(u[0]), residual(u[0]))[None]
     return u
 
 
 def unseen_states(key, num_samples=32):
     """Draws states like those of training, larger ones, and rougher ones."""
+    import burgers
+    import exponax as ex
+
     states = burgers.initial_conditions(num_samples, key)
     series = ex.ic.RandomTruncatedFourierSeries(1, cutoff=10, max_one=True)
     rough = ex.build_ic_set(series, num_points=64, num_samples=num_samples, key=key)
@@ -138,6 +137,13 @@ def unseen_states(key, num_samples=32):
 
 
 def main():
+    import burgers
+    import equinox as eqx
+    import matplotlib.pyplot as plt
+    from common import COLORS, parse_options, print_table, rollout, save_figure, show
+
+    from residuum import residuum_loss
+
     args = parse_options(__doc__, "assets/error_estimate.png", updates=(1500, 20))
     keys = jax.random.split(jax.random.key(args.seed), 3)
     options = dict(residuum_fn=burgers.crank_nicolson, num_rollout_steps=5, unroll=True)

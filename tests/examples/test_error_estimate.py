@@ -1,6 +1,9 @@
 """The estimate of examples/error_estimate.py is exact for linear problems, and of second order
 for others."""
 
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -10,6 +13,7 @@ import pytest
 from error_estimate import estimate_error, gmres
 
 from test_residuum import assert_close
+from tests.common import ROOT
 
 
 NUM_STEPS = 4
@@ -129,6 +133,23 @@ def test_a_stepper_may_widen_the_state():
     states, errors = estimate_error(stepper, lambda n, p: n - p, u_0, num_rollout_steps=2)
     assert states.dtype == errors.dtype == jnp.float64
     assert_close(errors, states - 1, 1e-6)  # the exact step changes nothing
+
+
+def test_the_file_may_be_copied(tmp_path):
+    """Its functions need nothing but jax."""
+    shutil.copy(ROOT / "examples" / "error_estimate.py", tmp_path)
+    program = """if True:
+        import sys
+        for name in ("residuum", "equinox", "exponax", "matplotlib", "burgers", "common"):
+            sys.modules[name] = None  # an import of it fails
+        import jax.numpy as jnp
+        from error_estimate import estimate_error
+        residuum_fn = lambda u_next, u_prev: 2 * u_next - u_prev
+        stepper, u_0 = lambda u: 1.0 * u, jnp.ones(3)
+        _, errors = estimate_error(stepper, residuum_fn, u_0, num_rollout_steps=1)
+        assert jnp.allclose(errors, 0.5), errors
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
 
 
 def test_a_residual_of_another_size_is_named():
