@@ -78,16 +78,19 @@ def run_tests(folder, deadline, quick):
     for name in TEST_FILES[:1] if quick else TEST_FILES:
         start = time.perf_counter()
         try:
-            subprocess.run(
+            result = subprocess.run(
                 [sys.executable, "-m", "pytest", *options, name],
                 cwd=ROOT,
                 env=environment,
                 timeout=deadline - time.time(),
                 capture_output=True,
+                text=True,
             )
         except subprocess.TimeoutExpired:
             return
         seconds = time.perf_counter() - start
+        if not report.exists():  # pytest did not even start
+            raise RuntimeError(result.stdout + result.stderr)
         append(folder / "tests.csv", read_report(report) | describe(file=name, seconds=seconds))
         report.unlink()
 
@@ -95,7 +98,8 @@ def run_tests(folder, deadline, quick):
 def read_report(path):
     suite = xml.etree.ElementTree.parse(path).getroot().find("testsuite")
     count = lambda name: int(suite.get(name))
-    failed = [case.get("name") for case in suite if case.find("failure") is not None]
+    is_bad = lambda case: any(case.find(x) is not None for x in ("failure", "error"))
+    failed = [case.get("name") for case in suite if is_bad(case)]
     return {
         "passed": count("tests") - count("failures") - count("errors") - count("skipped"),
         "failed": count("failures") + count("errors"),
@@ -149,6 +153,19 @@ def memory_limit(quick=False):
     return stats["bytes_limit"] if stats else 2e7
 
 
+def fits(program, needed, quick):
+    """Whether a program fits: by the compiler's figure first, and then by running it."""
+    if needed > memory_limit(quick):
+        return False
+    try:
+        program()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+    return True
+
+
 #
 # Memory
 #
@@ -168,12 +185,10 @@ def measure_memory(folder, deadline, quick):
     for needed, _, case, program in sorted(programs):
         if time.time() > deadline - LONGEST_RUN:
             break
-        fits = needed <= memory_limit(quick)
-        if fits:
-            program()
+        does_fit = fits(program, needed, quick)
         stats = jax.devices()[0].memory_stats() or {}
-        peak = stats.get("peak_bytes_in_use", "") if fits else ""
-        row = case | dict(fits="yes" if fits else "no", peak_bytes=peak)
+        peak = stats.get("peak_bytes_in_use", "") if does_fit else ""
+        row = case | dict(fits="yes" if does_fit else "no", peak_bytes=peak)
         append(folder / "memory.csv", row | describe())
 
 
@@ -215,7 +230,7 @@ def measure_time(folder, deadline, quick):
             if time.time() > deadline:
                 return
             program, needed = compile_gradient(network, batch, way, num_steps)
-            if needed <= memory_limit(quick):
+            if fits(program, needed, quick):
                 programs[name] = program
         one_step, _ = compile_gradient(network, batch, (losses.with_residuum, False, {}), 1)
         programs["one step, T times"] = lambda f=one_step: [f() for _ in range(num_steps)][-1]
@@ -262,12 +277,13 @@ def find_largest(folder, deadline, quick):
         largest = int((x**power + (limit - a) / slope) ** (1 / power))
         size = 8 * (largest // 8) if what == "points" else largest
         program, needed = make(size)
+        while needed > memory_limit(quick):  # the line is not exact
+            size = int(0.95 * size)
+            program, needed = make(size)
         seconds = ""
-        if needed <= limit / 0.95 and expected_seconds(what, make, sizes, size) < LONGEST_RUN:
-            program()
-            start = time.perf_counter()
-            program()
-            seconds = f"{time.perf_counter() - start:.3g}"
+        is_short = expected_seconds(what, make, sizes, size) < LONGEST_RUN
+        if is_short and fits(program, needed, quick):
+            seconds = f"{machine.time_of(program):.3g}"
         append(folder / "largest.csv", row | dict(size=size, run_s=seconds))
 
 
@@ -284,9 +300,7 @@ def expected_seconds(what, make, sizes, size):
     small = sizes[what][1]
     program, _ = make(small)
     program()
-    start = time.perf_counter()
-    program()
-    return (time.perf_counter() - start) * (size / small) ** (1 if what == "steps" else 3)
+    return machine.time_of(program) * (size / small) ** (1 if what == "steps" else 3)
 
 
 #

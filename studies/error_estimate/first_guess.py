@@ -88,6 +88,11 @@ def make_rows(name, stepper, residuum_fn, states):
         }
 
 
+def markdown(rows):
+    columns = ["problem", "first guess", "iterations", "ms for a step"]
+    return tables.markdown(columns, [[row[c] for c in columns] for row in rows], num_names=2)
+
+
 def main():
     parser = tables.make_parser(__doc__, quick="Burgers, hardly trained")
     args = parser.parse_args()
@@ -103,11 +108,9 @@ def main():
             states = double(problem.tests["like training"][0])[:8]
             residuum_fn = residuum_fn or problem.residuum_fn
             rows += make_rows(name, problem.stepper, residuum_fn, states)
-    columns = list(rows[0])[:-1]
-    table = tables.markdown(columns, [[row[c] for c in columns] for row in rows], num_names=2)
-    print(table)
+    print(markdown(rows))
     tables.write_csv(folder / "first_guess.csv", rows)
-    tables.write_table(folder / "first_guess.md", table)
+    tables.write_table(folder / "first_guess.md", markdown(rows))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ the same residual, for unseen states like those of training and for states unlik
 closer to the exact trajectory the corrected one is; and what the estimate costs, compared with
 the exact step.
 
-Then 100 bad emulators of Burgers' equation: trained too briefly, with walls where the domain is
-periodic, or with another viscosity. An estimate must not call a bad emulator good.
+The study also makes 100 bad emulators of Burgers' equation: some were trained too briefly, some
+see walls where the domain is periodic, and some have another viscosity. An estimate must not
+call a bad emulator good.
 
-    python -m studies.error_estimate.run             everything, 8 minutes of training
+    python -m studies.error_estimate.run             everything, 50 minutes on busy cores
     python -m studies.error_estimate.run --quick     Burgers and four bad emulators
 """
 

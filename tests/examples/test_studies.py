@@ -24,7 +24,7 @@ from benchmarks.tiny_networks import run as tiny_networks
 from studies import train_and_tabulate
 from studies.ar_densed_burgers import run as ar_densed_burgers
 from studies.ar_densed_kuramoto_sivashinsky import run as ar_densed_kuramoto_sivashinsky
-from studies.error_estimate import run as error_estimate
+from studies.error_estimate import first_guess, run as error_estimate
 from studies.gray_scott import run as gray_scott
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
@@ -119,6 +119,7 @@ TABLES = {  # Markdown file: rows, and the function that makes the table from th
     },
     "studies/gray_scott/ablation": ("ablation", gray_scott.markdown),
     "studies/error_estimate/table": ("rows", error_estimate.markdown),
+    "studies/error_estimate/first_guess": ("first_guess", first_guess.markdown),
     "studies/which_cut/table": ("rows", which_cut.markdown),
     "benchmarks/convolutions_on_cpu/table": ("rows", convolutions_on_cpu.markdown),
     "benchmarks/rollout_cost/table": (
@@ -246,6 +247,15 @@ def test_error_estimate(tmp_path):
     assert [row["emulator"] for row in bad][2:] == ["walls, 50 updates", "viscosity × 10"]
     assert all(row["above 0.3"] == row["estimated in time"] for row in bad)
     assert int(bad[0]["above 0.3"]) == int(bad[0]["samples"])
+
+
+@slow
+def test_first_guess(tmp_path):
+    run_quickly(first_guess.__name__, tmp_path, figure=False)
+    rows = read_csv(tmp_path / "first_guess.csv")
+    assert [row["first guess"] for row in rows] == ["persistence", "extrapolation", "emulator"]
+    persistence, extrapolation, _ = (float(row["iterations"]) for row in rows)
+    assert 1 < extrapolation < persistence < 20
 
 
 @slow
