@@ -8,9 +8,6 @@ import time
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-from canonical_convolutions import canonical_convolutions
-from common import train
 from replay_buffer import diverged, put_back, sample
 
 from benchmarks import machine, tables
@@ -63,34 +60,6 @@ def on_replayed_states(
         return loss, buffer
 
     return loss_fn
-
-
-def minimise(name, stepper, loss_fn, memory, key, *, num_updates, learning_rate, b2=0.99):
-    """Minimises `loss_fn: stepper, memory, key -> loss, memory`, where one update passes the
-    memory on to the next. Returns the stepper and the training time in seconds, including
-    compilation."""
-    warmup = num_updates // 20
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=b2))
-
-    def update(carry, key):
-        stepper, opt_state, memory = carry
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, memory), grads = value_and_grad(stepper, memory, key)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return (optax.apply_updates(stepper, updates), opt_state, memory), loss
-
-    @jax.jit
-    @canonical_convolutions  # otherwise convolutions in a loop are slow on a CPU
-    def several_updates(carry, keys):
-        carry, losses = jax.lax.scan(update, carry, keys)
-        return carry, losses[-1]
-
-    keys = jax.random.split(key, num_updates)
-    chunks = [keys[i : i + 20] for i in range(0, num_updates, 20)]
-    carry = stepper, optimizer.init(stepper), memory
-    (stepper, *_), seconds = train(several_updates, carry, chunks, f"{name}, 20 updates each")
-    return stepper, seconds
 
 
 def seconds_per_update(update, carry, key, num_updates=10):

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from common import bilinear, COLORS, ConvNet, gated, LINES, rollout, save_figure, show
+from common import bilinear, COLORS, ConvNet, gated, LINES, minimise, rollout, save_figure, show
 
 from benchmarks import machine, tables
 from residuum import Cuts
@@ -98,7 +98,7 @@ def train_emulator(case):
         num_rollout_steps=recipe.num_rollout_steps,
         cuts=recipe.cuts,
     )
-    emulator, seconds = train_and_tabulate.minimise(
+    emulator, seconds = minimise(
         model,
         Emulator(recipe, init_key),
         loss_fn,

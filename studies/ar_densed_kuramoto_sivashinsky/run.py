@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from common import COLORS, error_over_time, LINES, rollout, save_figure, show
+from common import COLORS, error_over_time, LINES, minimise, rollout, save_figure, show
 
 from benchmarks import machine, tables
 from residuum import Cuts
@@ -81,7 +81,7 @@ def train_emulator(case):
         num_rollout_steps=recipe.num_rollout_steps,
         cuts=recipe.cuts,
     )
-    emulator, seconds = train_and_tabulate.minimise(
+    emulator, seconds = minimise(
         model,
         recipe.network(key=init_key),
         loss_fn,

@@ -23,7 +23,16 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from common import COLORS, ConvNet, error_over_time, gated, LINES, rollout, save_figure
+from common import (
+    COLORS,
+    ConvNet,
+    error_over_time,
+    gated,
+    LINES,
+    minimise,
+    rollout,
+    save_figure,
+)
 
 from benchmarks import machine, tables
 from residuum import residuum_loss
@@ -164,7 +173,7 @@ def train_emulator(case):
     else:
         loss_fn, memory = on_data(DATA[model], keys[1]), ()
     options = dict(num_updates=num_updates, learning_rate=3e-3)
-    emulator, seconds = train_and_tabulate.minimise(
+    emulator, seconds = minimise(
         model, Emulator(key=keys[0]), loss_fn, memory, keys[2], **options
     )
     return case, emulator, seconds

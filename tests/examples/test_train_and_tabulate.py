@@ -1,5 +1,6 @@
 """These tests verify what the studies share in studies/train_and_tabulate.py."""
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,7 @@ def test_minimise_remembers_and_minimises():
         return loss_fn(x, memory, key)
 
     options = dict(num_updates=400, learning_rate=0.1)
-    x, seconds = train_and_tabulate.minimise(
+    x, seconds = common.minimise(
         "test", jnp.zeros(2), loss_and_count, jnp.array(0), jax.random.key(0), **options
     )
     jax.effects_barrier()
