@@ -60,19 +60,25 @@ def without_low_pass(key):
     return Partial(step, burgers_2d.random_weights(key))
 
 
-def near_neighbours(key):
-    """Sees two cells in each direction instead of four, whitened among themselves."""
+def near_whitening():
+    """Returns the matrix that whitens the neighbours up to two cells away among themselves. Its
+    columns for the more distant ones are zero, `[19, 35]`."""
     is_near = np.max(np.abs(burgers_2d.OFFSETS), axis=1) <= 2
-    whitening = burgers_2d.whitening(burgers_2d.OFFSETS[is_near])
-    used = np.concatenate([is_near, is_near, [True]])
-    to_all = np.zeros((sum(used), len(used)))
-    to_all[:-1, used[:-1].nonzero()[0]] = np.kron(np.eye(2), whitening)
-    to_all[-1, -1] = 1
+    is_used = np.concatenate([is_near, is_near, [True]])
+    matrix = np.zeros((np.sum(is_used), len(is_used)))
+    matrix[:-1, np.flatnonzero(is_used)[:-1]] = np.kron(
+        np.eye(2), burgers_2d.whitening(burgers_2d.OFFSETS[is_near])
+    )
+    matrix[-1, -1] = 1
+    return matrix
 
+
+def near_neighbours(key):
     def step(weights, u):
-        return burgers_2d.emulator(weights @ to_all @ np.linalg.inv(WHITENING), u)
+        return burgers_2d.emulator(weights @ near_whitening() @ np.linalg.inv(WHITENING), u)
 
-    return Partial(step, burgers_2d.random_weights(key)[..., used])
+    num_inputs = len(near_whitening())
+    return Partial(step, burgers_2d.random_weights(key)[..., :num_inputs])
 
 
 def one_layer(key):

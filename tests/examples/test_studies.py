@@ -24,11 +24,13 @@ from benchmarks.tiny_networks import run as tiny_networks
 from studies import train_and_tabulate
 from studies.ar_densed_burgers import run as ar_densed_burgers
 from studies.ar_densed_kuramoto_sivashinsky import run as ar_densed_kuramoto_sivashinsky
+from studies.burgers_2d import run as burgers_2d
 from studies.error_estimate import first_guess, run as error_estimate
 from studies.gray_scott import run as gray_scott
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
 from studies.which_cut import draw as which_cut
+from studies.work_precision import run as work_precision
 from tests.common import ROOT, run_module, slow
 
 
@@ -120,6 +122,9 @@ TABLES = {  # Markdown file: rows, and the function that makes the table from th
     "studies/gray_scott/ablation": ("ablation", gray_scott.markdown),
     "studies/error_estimate/table": ("rows", error_estimate.markdown),
     "studies/error_estimate/first_guess": ("first_guess", first_guess.markdown),
+    "studies/burgers_2d/table": ("rows", with_seeds, burgers_2d.COLUMNS),
+    "studies/burgers_2d/ablation": ("ablation", with_seeds, burgers_2d.ABLATION_COLUMNS),
+    "studies/work_precision/table": ("rows", work_precision.markdown),
     "studies/which_cut/table": ("rows", which_cut.markdown),
     "benchmarks/convolutions_on_cpu/table": ("rows", convolutions_on_cpu.markdown),
     "benchmarks/rollout_cost/table": (
@@ -247,6 +252,55 @@ def test_error_estimate(tmp_path):
     assert [row["emulator"] for row in bad][2:] == ["walls, 50 updates", "viscosity × 10"]
     assert all(row["above 0.3"] == row["estimated in time"] for row in bad)
     assert int(bad[0]["above 0.3"]) == int(bad[0]["samples"])
+
+
+@slow
+def test_burgers_2d(tmp_path):
+    run_quickly(burgers_2d.__name__, tmp_path, "--seed", "0", "1", figure=False)
+    rows = read_csv(tmp_path / "rows.csv")
+    assert [row["model"] for row in rows] == ["persistence", "exact step", *2 * ["residuum"]]
+    errors = [float(row["finer_10"]) for row in rows]
+    assert errors[1] < 1e-3 < max(errors[2:]) < errors[0]
+    for row in rows[2:]:  # even a poor emulator is as wrong as the estimate says
+        assert float(row["estimate_least"]) == pytest.approx(1, abs=0.05)
+        assert float(row["estimate_largest"]) == pytest.approx(1, abs=0.05)
+
+    run_quickly(burgers_2d.__name__, tmp_path, "--ablation", figure=False)
+    rows = read_csv(tmp_path / "ablation.csv")
+    assert [row["model"] for row in rows] == list(burgers_2d.ABLATION)[:2]
+
+
+@slow
+def test_work_precision(tmp_path):
+    run_quickly(work_precision.__name__, tmp_path)
+    rows = read_csv(tmp_path / "rows.csv")
+    of = {(row["family"], row["variant"]): float(row["error"]) for row in rows}
+    families = {family for family, _ in of}
+    assert families == set(work_precision.STYLES)
+    resolved = of["explicit Runge–Kutta", "8 substeps"]
+    assert resolved < 1e-4 < of["exponential Runge–Kutta", "order 2, 1 substeps"] < 2e-3
+    guess = [
+        of[f"implicit, from {x}", "2 iterations"] for x in ("persistence", "extrapolation")
+    ]
+    assert guess[1] < guess[0] < 1e-3
+    # A correction makes even a bad emulator good.
+    corrected = of["emulator, corrected", "Newton, 4 GMRES"]
+    assert corrected < 1e-2 < of["emulator", ""]
+    assert all(float(row[f"us_{n}"]) > 0 for row in rows for n in work_precision.BATCHES)
+
+
+def test_no_row_beats_the_pareto_front():
+    rows = read_csv(STUDIES / "work_precision" / "rows.csv")
+    for name in {row["problem"] for row in rows}:
+        for column in ("us_1", "us_64"):
+            of_problem = [row for row in rows if row["problem"] == name]
+            front = work_precision.pareto(of_problem, column)
+            value = lambda row, column=column: (float(row[column]), float(row["error"]))
+            for row in of_problem:
+                time, error = value(row)
+                is_beaten = any(t <= time and e <= error for t, e in map(value, front))
+                assert is_beaten, row
+            assert sorted(map(value, front)) == [value(row) for row in front]
 
 
 @slow

@@ -530,6 +530,41 @@ def recipe_keeps_a_replay_buffer(*, kernel, buffer, update, draw, **_):
     assert (new_kernel == kernel).all()
 
 
+@claim("recipes_networks.md#whitened-neighbours")
+def whitened_neighbours_are_uncorrelated(*, covariance, whitening, neighbours, **_):
+    assert np.linalg.cond(covariance) == pytest.approx(55_000, rel=0.1)
+    chex.assert_trees_all_close(whitening @ covariance @ whitening.T, np.eye(9), atol=1e-9)
+    assert neighbours(jnp.ones(32)).shape == (9, 32)
+
+
+@claim("recipes_problems.md#a-differential-algebraic-equation")
+def projection_is_the_exact_step(
+    *, projection_step, flows, navier_stokes_residuum, divergence, **_
+):
+    assert residuum_loss(projection_step, flows, navier_stokes_residuum) < 1e-11
+    persistence = lambda state: state
+    assert residuum_loss(persistence, flows, navier_stokes_residuum) > 1e-5
+    flow = jax.tree.map(lambda x: x[0, 0], flows)
+    compressible = flow | {"velocity": flow["velocity"] ** 2}
+    assert jnp.max(jnp.abs(divergence(flow["velocity"]))) < 1e-4
+    assert jnp.max(jnp.abs(divergence(compressible["velocity"]))) > 0.1
+
+
+@claim("recipes_problems.md#a-loss-relative-to-the-change-of-the-state")
+def each_sample_starts_at_a_loss_of_one(*, relative_residuum, data, **_):
+    for scale in (1.0, 1e-3):
+        loss = residuum_loss(lambda u: u, scale * data, relative_residuum)
+        assert loss == pytest.approx(1, rel=1e-4)
+
+
+@claim("recipes_training.md#young-and-old-states-in-one-buffer")
+def mean_ages_follow_from_the_probabilities(*, restarts, mean_ages, **_):
+    keys = jax.random.split(jax.random.key(0), 4000)
+    shares = jnp.mean(jax.vmap(restarts, (0, None))(keys, jnp.array([0, 100, 255])), axis=0)
+    expected = 5 / mean_ages[jnp.array([0, 100, 255])]
+    chex.assert_trees_all_close(shares, expected, rtol=0.3, atol=1e-3)
+
+
 @claim("recipes_training.md#noise-on-the-input")
 def recipe_with_noise_has_the_gradient_of_a_loop_by_hand(
     *, loss, emulate, heat_residuum, data, **_
