@@ -199,22 +199,24 @@ def ratios(true, estimated, corrected):
 def cost_row(name, problem):
     """Seconds for a step of one sample: of the emulator, of the estimate, of the exact step."""
     states, inputs = double(next(iter(problem.tests.values())))
-    state, inputs = jax.tree.map(lambda x: x[0], (states, inputs))
-    inputs_t = [] if inputs is None else [inputs[0]]
-    programs = {
-        "emulator": partial(problem.stepper, state, *inputs_t),
-        "exact step": partial(problem.exact_step, state, *inputs_t),
-        "estimate and emulator": partial(
-            error_estimate.estimate_error,
-            problem.stepper,
-            problem.residuum_fn,
-            state,
-            inputs=None if inputs is None else inputs[:1],
-            num_rollout_steps=1,
-        ),
+    # Arguments and not constants, for XLA computes with constants when it compiles.
+    args = jax.tree.map(lambda x: x[0], [states] if inputs is None else [states, inputs])
+
+    def one_step(step):
+        first = lambda state, inputs=None: step(state, *[] if inputs is None else [inputs[0]])
+        return jax.jit(first).lower(*args).compile()
+
+    def estimate(state, inputs=None):
+        inputs = None if inputs is None else inputs[:1]
+        functions = problem.stepper, problem.residuum_fn
+        return error_estimate.estimate_error(*functions, state, inputs, num_rollout_steps=1)
+
+    compiled = {
+        "emulator": one_step(problem.stepper),
+        "exact step": one_step(problem.exact_step),
+        "estimate and emulator": jax.jit(estimate).lower(*args).compile(),
     }
-    compiled = {k: jax.jit(f).lower().compile() for k, f in programs.items()}
-    calls = {k: lambda f=f: jax.block_until_ready(f()) for k, f in compiled.items()}
+    calls = {k: lambda f=f: jax.block_until_ready(f(*args)) for k, f in compiled.items()}
     medians = machine.medians_in_turns(calls, lambda times: len(times) >= 50)
     row = {f"{k}, ms": f"{1e3 * seconds:.3g}" for k, seconds in medians.items()}
     return {"problem": name, **row, "machine": machine.describe("2 cores")}

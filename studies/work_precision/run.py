@@ -29,6 +29,8 @@ from studies.work_precision import problems
 
 
 BATCHES = (1, 64)
+TIMED_STEPS = {1: 10, 64: 3}
+NUM_RUNS = {1: 15, 64: 5}
 STYLES = {
     problems.EMULATOR: ("*", "#D55E00"),
     problems.CORRECTED: ("P", "#E69F00"),
@@ -83,9 +85,10 @@ def error(method, problem):
     return np.mean(errors), np.max(errors)
 
 
-def times(methods, problem, batch_size, num_steps, num_runs):
+def times(methods, problem, batch_size, num_runs):
     """Seconds for a step of one sample by each method, measured in turns. A batch takes the
     faster of two ways: all samples at once, or one after the other."""
+    num_steps = TIMED_STEPS[batch_size]
     samples = np.arange(batch_size) % len(problem.reference)
     inputs = jax.tree.map(lambda x: x[samples, :num_steps], problem.inputs)
     programs = {}
@@ -107,10 +110,8 @@ def make_rows(name, problem, quick):
     # Methods that diverge, or are no better than 100 %, are not timed.
     kept = [i for i, (mean, _) in enumerate(errors) if quick or mean < 1]
     methods = [problem.methods[i] for i in kept]
-    runs = (2, 2) if quick else (15, 5)
     seconds = [
-        times(methods, problem, size, min(10, problem.num_steps), n)
-        for size, n in zip(BATCHES, runs, strict=True)
+        times(methods, problem, size, 2 if quick else NUM_RUNS[size]) for size in BATCHES
     ]
     for i, method, *each in zip(kept, methods, *seconds, strict=True):
         mean, worst = errors[i]
