@@ -1,0 +1,360 @@
+"""The air-pollution chemistry POLLU (Verwer, 1994; a problem of the test set for IVP solvers):
+20 species and 25 reactions, in ppm and minutes, with photolysis that follows the sun.
+
+A state is an array `[20, ...]`; further axes are cells. Everything is written out species by
+species, so that each operation is vectorised over the cells, as in the code that KPP generates
+for air-quality models: a sparse Jacobian, and its LU factorisation without pivots.
+
+The solvers are Rosenbrock methods with one factorisation per step, Newton's method for the
+implicit step of `radau_residual`, and the quasi-steady-state scheme (QSSA).
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+SPECIES = ("NO2 NO O3P O3 HO2 OH HCHO CO ALD MEO2 C2O3 CO2 PAN CH3O HNO3 O1D SO2 SO4 NO3 N2O5"
+           ).split()  # fmt: skip
+REACTIONS = [  # with rate constants; those of photolysis are for the sun in the zenith
+    ("NO2 > NO O3P", 0.35, "photolysis"),
+    ("NO O3 > NO2", 26.6, ""),
+    ("HO2 NO > NO2 OH", 1.23e4, ""),
+    ("HCHO > HO2 HO2 CO", 8.6e-4, "photolysis"),
+    ("HCHO > CO", 8.2e-4, "photolysis"),
+    ("HCHO OH > HO2 CO", 1.5e4, ""),
+    ("ALD > MEO2 HO2 CO", 1.3e-4, "photolysis"),
+    ("ALD OH > C2O3", 2.4e4, ""),
+    ("C2O3 NO > NO2 MEO2 CO2", 1.65e4, ""),
+    ("C2O3 NO2 > PAN", 9.0e3, ""),
+    ("PAN > C2O3 NO2", 0.022, ""),
+    ("MEO2 NO > CH3O NO2", 1.2e4, ""),
+    ("CH3O > HCHO HO2", 1.88, ""),
+    ("NO2 OH > HNO3", 1.63e4, ""),
+    ("O3P > O3", 4.8e6, ""),
+    ("O3 > O1D", 3.5e-4, "photolysis"),
+    ("O3 > O3P", 0.0175, "photolysis"),
+    ("O1D > OH OH", 1.0e8, ""),
+    ("O1D > O3P", 4.44e11, ""),
+    ("SO2 OH > SO4 HO2", 1.24e3, ""),
+    ("NO3 > NO", 2.1, "photolysis"),
+    ("NO3 > NO2 O3P", 5.78, "photolysis"),
+    ("NO2 O3 > NO3", 0.0474, ""),
+    ("NO3 NO2 > N2O5", 1.78e3, ""),
+    ("N2O5 > NO3 NO2", 3.12, ""),
+]
+REFERENCE_STATE = dict(NO=0.2, O3=0.04, HCHO=0.1, CO=0.3, ALD=0.01, SO2=0.007)
+FAMILIES = {  # atoms per molecule, conserved by all reactions
+    "nitrogen": dict(NO2=1, NO=1, PAN=1, HNO3=1, NO3=1, N2O5=2),
+    "carbon": dict(HCHO=1, CO=1, ALD=2, MEO2=1, C2O3=2, CO2=1, PAN=2, CH3O=1),
+    "sulphur": dict(SO2=1, SO4=1),
+}
+DT = 5.0  # minutes
+
+
+def _indices(side):
+    return [SPECIES.index(name) for name in side.split()]
+
+
+EDUCTS = [_indices(text.split(">")[0]) for text, *_ in REACTIONS]
+PRODUCTS = [_indices(text.split(">")[1]) for text, *_ in REACTIONS]
+CONSTANTS = [k for _, k, _ in REACTIONS]
+NEEDS_SUN = [kind == "photolysis" for *_, kind in REACTIONS]
+
+
+def stoichiometry():
+    """Returns the matrix `[species, reaction]` of molecules that a reaction makes."""
+    matrix = np.zeros((len(SPECIES), len(REACTIONS)))
+    for j, (educts, products) in enumerate(zip(EDUCTS, PRODUCTS, strict=True)):
+        np.add.at(matrix[:, j], products, 1)
+        np.add.at(matrix[:, j], educts, -1)
+    return matrix
+
+
+STOICHIOMETRY = stoichiometry()
+
+
+def vector(concentrations):
+    """Returns an array `[20]` from `{species: number}`."""
+    return np.array([concentrations.get(name, 0.0) for name in SPECIES])
+
+
+#
+# The sun
+#
+
+
+class Day(NamedTuple):
+    """A time, and a place and season: the sine of the sun's elevation is `mean + swing ·
+    cos(2π (minute − noon) / day)`."""
+
+    minute: jax.Array  # since midnight
+    mean: jax.Array
+    swing: jax.Array
+
+
+def sun(day, delay=0.0):
+    """Returns the strength of photolysis, which is 1 in the zenith, at a `delay` in minutes."""
+    angle = 2 * jnp.pi * (day.minute + delay) / 1440
+    elevation = day.mean - day.swing * jnp.cos(angle)
+    is_day = elevation > 0.01
+    # Along a slanted path, the air absorbs light. The factor is smooth at sunrise.
+    return jnp.where(is_day, jnp.exp(0.4 - 0.4 / jnp.where(is_day, elevation, 1.0)), 0.0)
+
+
+#
+# Rates and their sparse Jacobian
+#
+
+
+def _sum(terms):
+    """Adds `[(number, array)]`."""
+    total = None
+    for number, x in terms:
+        term = x if abs(number) == 1 else abs(number) * x
+        if total is None:
+            total = term if number > 0 else -term
+        else:
+            total = total + term if number > 0 else total - term
+    return total
+
+
+def rate_constants(light):
+    return [k * light if s else k for k, s in zip(CONSTANTS, NEEDS_SUN, strict=True)]
+
+
+def reaction_rates(y, light):
+    """Returns the list of 25 rates of reaction for species `y`, a list of 20 or `[20, ...]`."""
+    rates = []
+    for k, educts in zip(rate_constants(light), EDUCTS, strict=True):
+        for i in educts:
+            k = k * y[i]
+        rates.append(k)
+    return rates
+
+
+def tendency(y, light):
+    """Returns dy/dt as a list of 20 arrays."""
+    rates = reaction_rates(y, light)
+    return [_sum([(row[j], rates[j]) for j in np.flatnonzero(row)]) for row in STOICHIOMETRY]
+
+
+def jacobian(y, light):
+    """Returns the entries of ∂(dy/dt)/∂y that are not always 0, as `{(row, column): array}`."""
+    terms = {}
+    for j, (k, educts) in enumerate(zip(rate_constants(light), EDUCTS, strict=True)):
+        for place, column in enumerate(educts):
+            others = [y[i] for i in educts[:place] + educts[place + 1 :]]
+            derivative = k * others[0] if others else jnp.broadcast_to(k, jnp.shape(y[0]))
+            for row in np.flatnonzero(STOICHIOMETRY[:, j]):
+                terms.setdefault((row, column), []).append((STOICHIOMETRY[row, j], derivative))
+    return {place: _sum(x) for place, x in terms.items()}
+
+
+#
+# Sparse linear systems, without pivots: the diagonal of the matrices 1/(γh) − ∂f/∂y dominates
+#
+
+
+def elimination_order(pattern, size):
+    """Orders the unknowns such that elimination makes few new entries (Markowitz)."""
+    pattern, order = set(pattern) | {(i, i) for i in range(size)}, []
+    while len(order) < size:
+        left = [i for i in range(size) if i not in order]
+        count = lambda i, left=left: (
+            (sum((i, j) in pattern for j in left) - 1) * (sum((j, i) in pattern for j in left) - 1)
+        )  # fmt: skip
+        pivot = min(left, key=count)
+        order.append(pivot)
+        rows = [i for i in left if (i, pivot) in pattern and i != pivot]
+        columns = [j for j in left if (pivot, j) in pattern and j != pivot]
+        pattern |= set(itertools.product(rows, columns))
+    return order
+
+
+PATTERN = set(jacobian(np.ones(len(SPECIES)), 1.0))
+ORDER = elimination_order(PATTERN, len(SPECIES))
+
+
+def factorise(matrix, order=None):
+    """Returns the LU factors of a matrix `{(row, column): array}`, with inverted pivots."""
+    matrix, order = dict(matrix), order or ORDER
+    for step, p in enumerate(order):
+        later = order[step + 1 :]
+        matrix[p, p] = 1 / matrix[p, p]
+        for i in (i for i in later if (i, p) in matrix):
+            factor = matrix[i, p] = matrix[i, p] * matrix[p, p]
+            for j in (j for j in later if (p, j) in matrix):
+                product = factor * matrix[p, j]
+                matrix[i, j] = matrix[i, j] - product if (i, j) in matrix else -product
+    return matrix
+
+
+def solve(factors, x, order=None):
+    """Solves with the result of `factorise`. The right-hand side is a list of arrays."""
+    x, order = list(x), order or ORDER
+    for step, p in enumerate(order):
+        for i in (i for i in order[step + 1 :] if (i, p) in factors):
+            x[i] = x[i] - factors[i, p] * x[p]
+    for step, p in reversed(list(enumerate(order))):
+        for j in (j for j in order[step + 1 :] if (p, j) in factors):
+            x[p] = x[p] - factors[p, j] * x[j]
+        x[p] = x[p] * factors[p, p]
+    return x
+
+
+def shifted(matrix, diagonal):
+    """Returns diagonal · identity − matrix."""
+    result = {place: -x for place, x in matrix.items()}
+    return result | {(i, i): diagonal + result.get((i, i), 0.0) for i in range(len(SPECIES))}
+
+
+#
+# Rosenbrock methods, in the form and with the coefficients of KPP (Sandu et al., 1997)
+#
+
+
+class Rosenbrock(NamedTuple):
+    """Solves (1/(γh) − J) kᵢ = f(y + Σⱼ aᵢⱼ kⱼ) + Σⱼ cᵢⱼ/h kⱼ for each stage i, with J = ∂f/∂y(y).
+    The result is y + Σᵢ mᵢ kᵢ."""
+
+    order: int
+    gamma: float
+    a: list
+    c: list
+    m: list
+
+
+_G2 = 1 + 0.5**0.5
+ROSENBROCK = {
+    "ROS2": Rosenbrock(2, _G2, [[], [1 / _G2]], [[], [-2 / _G2]], [1.5 / _G2, 0.5 / _G2]),
+    "ROS3": Rosenbrock(
+        3,
+        0.43586652150845899941601945119356,
+        [[], [1.0], [1.0, 0.0]],
+        [[], [-1.0156171083877702], [4.0759956452537699, 9.2076794298330791]],
+        [1.0, 6.1697947043828245, -0.42772256543218573],
+    ),
+    "RODAS3": Rosenbrock(
+        3,
+        0.5,
+        [[], [0.0], [2.0, 0.0], [2.0, 0.0, 1.0]],
+        [[], [4.0], [1.0, -1.0], [1.0, -1.0, -8 / 3]],
+        [2.0, 0.0, 1.0, 1.0],
+    ),
+}
+
+
+def rosenbrock_step(method, y, light, h):
+    """Advances `[20, ...]` by h minutes, under constant light."""
+    factors = factorise(shifted(jacobian(y, light), 1 / (method.gamma * h)))
+    ks, last_place = [], None
+    for a, c in zip(method.a, method.c, strict=True):
+        place = [w for w in a if w]
+        if place != last_place:  # otherwise two stages share their rates
+            rates, last_place = tendency(_combine(y, a, ks), light), place
+        ks.append(solve(factors, _combine(rates, [w / h for w in c], ks)))
+    return jnp.stack(_combine(y, method.m, ks))
+
+
+def _combine(y, weights, ks):
+    """Returns y + Σ weights · ks, as a list of 20 arrays."""
+    terms = [(w, k) for w, k in zip(weights, ks, strict=True) if w]
+    return [_sum([(1.0, x)] + [(w, k[i]) for w, k in terms]) for i, x in enumerate(y)]
+
+
+#
+# The two-stage Radau IIA method, of third order
+#
+
+NODES = (1 / 3, 1.0)
+RADAU = np.array([[5 / 12, -1 / 12], [3 / 4, 1 / 4]])
+
+
+def radau_residual(stages, y, day, h=DT):
+    """Returns the residuals of both stages, a list of 40 arrays. The stages are `[2, 20, ...]`,
+    and the second one is the state after the step."""
+    rates = [tendency(x, sun(day, c * h)) for x, c in zip(stages, NODES, strict=True)]
+    return [
+        x[i] - y[i] - h * (a * rates[0][i] + b * rates[1][i])
+        for x, (a, b) in zip(stages, RADAU, strict=True)
+        for i in range(len(SPECIES))
+    ]
+
+
+def newton_matrix(stages, day, h=DT):
+    """Returns the derivative of `radau_residual` by the stages, a sparse matrix of 40 rows."""
+    n, matrix = len(SPECIES), {}
+    for column, (x, c) in enumerate(zip(stages, NODES, strict=True)):
+        for (i, j), entry in jacobian(x, sun(day, c * h)).items():
+            for row in range(2):
+                matrix[row * n + i, column * n + j] = -h * RADAU[row, column] * entry
+    return matrix | {(i, i): 1 + matrix.get((i, i), 0.0) for i in range(2 * n)}
+
+
+RADAU_ORDER = [i + k * len(SPECIES) for i in ORDER for k in (0, 1)]
+
+
+def newton_correction(residual, stages, day, h=DT):
+    """Solves with the Newton matrix. Returns `[2, 20, ...]`."""
+    factors = factorise(newton_matrix(stages, day, h), RADAU_ORDER)
+    solution = jnp.stack(solve(factors, residual, RADAU_ORDER))
+    return solution.reshape(2, len(SPECIES), *solution.shape[1:])
+
+
+def radau_step(y, day, h=DT, num_iterations=8):
+    """Solves for both stages, `[2, 20, ...]`, by Newton's method."""
+
+    def iterate(stages, _):
+        residual = radau_residual(stages, y, day, h)
+        return stages - newton_correction(residual, stages, day, h), None
+
+    return jax.lax.scan(iterate, jnp.stack([y, y]), length=num_iterations)[0]
+
+
+#
+# Initial states and days
+#
+
+# The published solution of the test set after 60 minutes under constant light.
+AFTER_AN_HOUR = dict(
+    NO2=0.05646255480022769, NO=0.1342484130422339, O3P=0.4139734331099427e-8,
+    O3=0.5523140207484359e-2, HO2=0.2018977262302196e-6, OH=0.1464541863493966e-6,
+    HCHO=0.7784249118997964e-1, CO=0.3245075353396018, ALD=0.7494013383880406e-2,
+    MEO2=0.1622293157301561e-7, C2O3=0.1135863833257075e-7, CO2=0.2230505975721359e-2,
+    PAN=0.2087162882798630e-3, CH3O=0.1396921016840158e-4, HNO3=0.8964884856898295e-2,
+    O1D=0.4352846369330103e-17, SO2=0.6899219696263405e-2, SO4=0.1007803037365946e-3,
+    NO3=0.1772146513969984e-5, N2O5=0.5682943292316392e-4,
+)  # fmt: skip
+FAST = "O3P HO2 OH MEO2 C2O3 CH3O O1D NO3 N2O5".split()
+
+
+def random_cells(key, num_cells):
+    """Draws states `[20, num_cells]`: the published solution, times exp(0.6 n) for slow
+    species and exp(n) for fast ones, where n is a normal random number."""
+    spread = np.array([1.0 if name in FAST else 0.6 for name in SPECIES])[:, None]
+    noise = jax.random.normal(key, (len(SPECIES), num_cells))
+    return vector(AFTER_AN_HOUR)[:, None] * jnp.exp(spread * noise)
+
+
+def random_days(key, num_days):
+    """Draws times, latitudes up to 60° and seasons."""
+    keys = jax.random.split(key, 3)
+    latitude = jax.random.uniform(keys[0], (num_days,), maxval=np.pi / 3)
+    declination = 0.41 * jnp.sin(jax.random.uniform(keys[1], (num_days,), maxval=2 * np.pi))
+    minute = DT * jax.random.randint(keys[2], (num_days,), 0, 288)
+    mean = jnp.sin(latitude) * jnp.sin(declination)
+    return Day(minute.astype(mean.dtype), mean, jnp.cos(latitude) * jnp.cos(declination))
+
+
+def rollout(step, y, day, num_steps):
+    """Returns states `[num_steps, 20, ...]` after each step `y, day -> y` of five minutes."""
+
+    def next_step(y, n):
+        y = step(y, day._replace(minute=day.minute + DT * n))
+        return y, y
+
+    return jax.lax.scan(next_step, y, jnp.arange(num_steps))[1]
