@@ -96,6 +96,32 @@ ATOMS = np.stack([vector(family) for family in FAMILIES.values()])
 
 
 #
+# Conservation
+#
+
+
+def like(y, x):
+    """Returns the constants `[20]` as an array with the axes and the dtype of y."""
+    return jnp.asarray(x, y.dtype).reshape(-1, *[1] * (y.ndim - 1))
+
+
+PAN = SPECIES.index("PAN")
+OTHERS = ATOMS * (np.arange(len(SPECIES)) != PAN)
+
+
+def conserve(y, y_prev):
+    """Scales the species of each family such that y has the atoms of y_prev. PAN is in two
+    families. It keeps its value, unless it has more than half the atoms of one of them."""
+    atoms = jnp.tensordot(jnp.asarray(ATOMS, y.dtype), y_prev, 1)
+    pan = jnp.minimum(y[PAN], 0.5 * jnp.min(atoms[:2] / like(y, ATOMS[:2, PAN]), axis=0))
+    left = atoms - like(y, ATOMS[:, PAN]) * pan
+    factors = left / jnp.tensordot(jnp.asarray(OTHERS, y.dtype), y, 1)
+    for family, factor in zip(OTHERS, factors, strict=True):
+        y = jnp.where(like(y, family) > 0, factor * y, y)
+    return y.at[PAN].set(pan)
+
+
+#
 # The sun
 #
 
@@ -269,6 +295,23 @@ def newton_correction(residual, stages, day, h=DT):
     return solution.reshape(2, len(SPECIES), *solution.shape[1:])
 
 
+def radau(y, day, h=DT, num_iterations=8):
+    """Solves the step by Newton's method."""
+
+    def iterate(_, stages):
+        residual = radau_residual(stages, y, day, h)
+        return stages - newton_correction(residual, stages, day, h)
+
+    return jax.lax.fori_loop(0, num_iterations, iterate, jnp.stack([y, y]))[1]
+
+
+def refined_radau(y, day, num_substeps=20):
+    """Advances y by five minutes in small steps: the solution, in float64."""
+    h = DT / num_substeps
+    substep = lambda n, y: radau(y, day._replace(minute=day.minute + h * n), h, 4)
+    return jax.lax.fori_loop(0, num_substeps, substep, y)
+
+
 #
 # Euler backward iterative (EBI), the first-order scheme of Hertel et al. (1993): sweeps over
 # groups of species that are solved exactly, with all others as they are at the moment
@@ -277,7 +320,7 @@ def newton_correction(residual, stages, day, h=DT):
 GROUPS = (["O1D"], ["O3P"], ["HO2", "OH"], ["NO3", "N2O5"], ["C2O3", "PAN"], ["MEO2"], ["CH3O"],
           ["HCHO"], ["ALD"], ["SO2"], ["NO2", "NO", "O3"])  # fmt: skip
 AT_THE_END = (["CO"], ["CO2"], ["HNO3"], ["SO4"])  # which react no further
-NO2_LIGHT, NO_O3, O3P_O3 = 0, 1, 14  # indices of reactions
+NO2_LIGHT, NO_O3, O3P_O3, TO_N2O5, FROM_N2O5 = 0, 1, 14, 23, 24  # indices of reactions
 
 
 def euler_backward(y, light, h=DT, num_sweeps=2, guess=None):
@@ -338,8 +381,14 @@ def _solve_nitrogen_oxides_and_ozone(indices, y, u, light, h):
     split, join = h * constants[NO2_LIGHT], h * constants[NO_O3]
     right, divisors = {}, {}
     for i in indices:
-        gain, loss, _ = gain_and_loss(i, u, light, skip=(NO2_LIGHT, NO_O3, O3P_O3))
+        skip = (NO2_LIGHT, NO_O3, O3P_O3, TO_N2O5, FROM_N2O5)
+        gain, loss, _ = gain_and_loss(i, u, light, skip=skip)
         right[i], divisors[i] = y[i] + h * gain, 1 + h * loss
+    # N2O5 and NO3 are in balance. Of the NO2 that they exchange, only the difference counts.
+    n2o5 = SPECIES.index("N2O5")
+    taken = u[n2o5] - y[n2o5]
+    right[no2] = right[no2] - jnp.minimum(taken, 0.0)
+    divisors[no2] = divisors[no2] + jnp.maximum(taken, 0.0) / jnp.maximum(u[no2], 1e-20)
     # O3P turns into O3 at once, whatever made it; what NO2 makes is part of the balance.
     other_o3p, _, _ = gain_and_loss(SPECIES.index("O3P"), u, light, skip=(NO2_LIGHT,))
     right[o3] = right[o3] + h * other_o3p

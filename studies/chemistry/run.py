@@ -1,0 +1,296 @@
+"""Does an emulator of air-pollution chemistry pay, compared with good solvers of the same problem?
+
+The emulator is that of examples/chemistry.py; the solvers are in solvers.py. All of them advance
+1000 cells by steps of five minutes, or by a number of substeps, in float32 and compiled. The
+errors are the largest ones among eight species: ‖error‖ / ‖solution‖ over 64 cells that are
+unseen in training. The study also measures whether atoms are conserved and whether any of 1000
+cells diverges in 30 days, and what it costs to hand the cells with a large estimated error over
+to a solver.
+
+    python -m studies.chemistry.run --seed 0 1 2     everything
+    python -m studies.chemistry.run --quick          to see that it runs
+"""
+
+import statistics
+from functools import partial
+
+import chemistry
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pollu
+from chemistry import REPORTED, State, conserve, nrmse
+from pollu import DT, SPECIES
+
+from benchmarks import machine, tables
+from studies import train_and_tabulate
+from studies.chemistry import solvers
+
+
+NUM_CELLS, NUM_TEST = 1000, 64
+HOUR, MONTH = 12, 30 * 288
+OURS, CHEAP = "emulator", "scheme that it improves"
+SUBSTEPS = {"QSSA": (50, 200), "Radau, 2 iterations": (1, 2), "Radau, 4 iterations": (1, 2)}
+KVAERNO = {"Kvaerno3": (diffrax.Kvaerno3, 1e-1), "Kvaerno5": (diffrax.Kvaerno5, 1e-1)}
+THRESHOLD = 0.02
+
+
+#
+# Rollouts
+#
+
+
+def test_cells(num_cells=NUM_CELLS):
+    """Returns states `[20, num_cells]` and days that are unseen in training."""
+    keys = jax.random.split(jax.random.key(2211))
+    return pollu.random_cells(keys[0], num_cells), pollu.random_days(keys[1], num_cells)
+
+
+def double(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+
+
+def solution(num_steps):
+    """Returns the refined solution `[num_steps, 20, NUM_TEST]`."""
+    with train_and_tabulate.float64():
+        y, days = double(test_cells())
+        y, days = jax.tree.map(lambda x: x[..., :NUM_TEST], (y, days))
+        refined = jax.jit(lambda y: pollu.rollout(pollu.refined_radau, y, days, num_steps))
+        return np.asarray(refined(y))
+
+
+def program(step):
+    """Returns a compiled function `y, days, num_steps, num_substeps -> y`."""
+
+    def advance(y, days, num_steps, num_substeps):
+        h = DT / num_substeps
+
+        def substep(n, y):
+            return step(y, days._replace(minute=days.minute + h * n), h)
+
+        return jax.lax.fori_loop(0, num_steps * num_substeps, substep, y)
+
+    return jax.jit(advance)
+
+
+def emulator_step(emulator):
+    return lambda y, day, h: emulator.stages(y, day)[1]
+
+
+def cheap_step(y, day, h):
+    return conserve(chemistry.cheap_stages(y, day)[1], y)
+
+
+def largest_error(y, expected):
+    """Returns the largest error of eight species."""
+    error = np.max(nrmse(np.asarray(y)[None, :, :NUM_TEST], expected[None]))
+    return error if np.isfinite(error) else np.inf
+
+
+#
+# Work and precision
+#
+
+
+def work_rows(emulators, expected, num_steps, quick):
+    """Yields a row for each method and number of substeps, with the errors, and the time per
+    cell and step."""
+    y, days = test_cells()
+    cases = {}
+    for name, step in solvers.SOLVERS.items():
+        if not quick or name == "EBI, 2 sweeps":
+            compiled = program(step)
+            for n in SUBSTEPS.get(name, (1, 2, 4, 8)):
+                cases[name, n] = partial(compiled, y, days, num_substeps=n)
+    cases[CHEAP, 1] = partial(program(cheap_step), y, days, num_substeps=1)
+    compiled = [program(emulator_step(emulator)) for emulator in emulators]
+    for seed, advance in enumerate(compiled):
+        cases[OURS, seed] = partial(advance, y, days, num_substeps=1)
+    results = {}
+    for (name, n), advance in cases.items():
+        after = [advance(num_steps=k) for k in (1, HOUR, num_steps)]
+        results[name, n] = [largest_error(u, expected[k - 1]) for u, k in
+                            zip(after, (1, HOUR, num_steps), strict=True)]  # fmt: skip
+        results[name, n].append(min(float(jnp.min(u)) for u in after) < 0)
+    calls = {k: lambda f=f: jax.block_until_ready(f(num_steps=HOUR)) for k, f in cases.items()}
+    medians = machine.medians_in_turns(calls, lambda times: len(times) >= (2 if quick else 21))
+    for (name, n), (first, hour, last, is_negative) in results.items():
+        yield {
+            "model": name,
+            "substeps": "" if name == OURS else n,
+            "seed": n if name == OURS else "",
+            "first_step": f"{first:.3g}",
+            "after_1_h": f"{hour:.3g}",
+            "after_24_h": f"{last:.3g}",
+            "negative": "yes" if is_negative else "no",
+            "ns": f"{1e9 * medians[name, n] / HOUR / NUM_CELLS:.3g}",
+            "machine": machine.describe("one core"),
+        }
+
+
+def kvaerno_rows(expected, num_cells=NUM_TEST):
+    """Yields rows for the stiff solvers of diffrax: one hour, and fewer cells."""
+    with train_and_tabulate.float64():
+        y, days = double(test_cells())
+        y, days = jax.tree.map(lambda x: x[..., :num_cells], (y, days))
+        for name, (solver, rtol) in KVAERNO.items():
+            step = partial(solvers.diffrax_step, solver(), rtol)
+            advance = jax.jit(lambda y, step=step: step(y, days, DT * HOUR))
+            error = largest_error(advance(y), expected[HOUR - 1])
+            call = lambda advance=advance: jax.block_until_ready(advance(y))
+            seconds = statistics.median(machine.time_of(call) for _ in range(3))
+            yield {
+                "model": f"{name}, diffrax",
+                "substeps": "adaptive",
+                "after_1_h": f"{error:.3g}",
+                "negative": "",
+                "ns": f"{1e9 * seconds / HOUR / num_cells:.3g}",
+                "machine": machine.describe("one core"),
+            }
+
+
+WORK_COLUMNS = {
+    "substeps": "substeps",
+    "seed": "seed",
+    "first_step": "error after 5 min",
+    "after_1_h": "after 1 h",
+    "after_24_h": "after 24 h",
+    "negative": "negative values",
+    "ns": "ns per cell and step",
+}
+
+
+def work_table(rows):
+    lines = [[row["model"], *(row.get(c, "") for c in WORK_COLUMNS)] for row in rows]
+    return tables.markdown(["", *WORK_COLUMNS.values()], lines)
+
+
+#
+# Accuracy
+#
+
+
+def accuracy_row(model, seed, step, expected, num_steps, training):
+    """Returns the errors of all species, and what becomes of 1000 cells in 30 days."""
+    y, days = test_cells()
+    advance = program(step)
+    row = {"model": model, "seed": seed}
+    for text, n in (("1_h", HOUR), ("24_h", num_steps)):
+        u = np.asarray(advance(y, days, n, 1))[None, :, :NUM_TEST]
+        errors = nrmse(u, expected[n - 1 : n])[0]
+        row |= {f"{name}_{text}": f"{x:.3g}" for name, x in zip(REPORTED, errors, strict=True)}
+    last = np.asarray(advance(y, days, MONTH if num_steps > HOUR else HOUR, 1), np.float64)
+    atoms = [pollu.ATOMS @ np.asarray(x, np.float64) for x in (y, last)]
+    is_lost = ~np.all(np.isfinite(last) & (last >= 0) & (last < 10), axis=0)
+    row["diverged"] = int(np.sum(is_lost))
+    row["drift"] = f"{np.max(np.abs(atoms[1] / atoms[0] - 1)):.1e}"
+    return row | training
+
+
+ERRORS = {f"{name}, {text.replace('_', ' ')}": (f"{name}_{text}", "{:.4f}")
+          for text in ("1_h", "24_h") for name in REPORTED}  # fmt: skip
+OTHER = {
+    "of 1000 cells diverged in 30 days": ("diverged", "{:.0f}"),
+    "drift of atoms in 30 days": ("drift", "{:.0e}"),
+    "training [s]": ("seconds", "{:.0f}"),
+}
+
+
+#
+# The estimated error as a switch
+#
+
+
+def estimated_error(emulator, y, days, num_steps):
+    """Returns the emulator's states and their estimated errors, `[num_steps, 20, cells]`. For a
+    step that solves stages from the state before, `estimate_error` (examples/error_estimate.py)
+    becomes one Newton correction: (∂r/∂stages) e⁺ = r + (e, e)."""
+
+    def step(carry, n):
+        y, error = carry
+        day = pollu.later(days, n)
+        stages = jnp.stack(emulator.stages(y, day))
+        residual = pollu.radau_residual(stages, y, day)
+        residual = [r + error[i % len(SPECIES)] for i, r in enumerate(residual)]
+        y, error = stages[1], pollu.newton_correction(residual, stages, day)[1]
+        return (y, error), (y, error)
+
+    return jax.lax.scan(step, (y, jnp.zeros_like(y)), jnp.arange(num_steps))[1]
+
+
+def switch_row(seed, emulator, expected, solver):
+    """Hands the cells whose estimated error exceeds the threshold within an hour over to a
+    solver, which starts at the initial states."""
+    y, days = test_cells()
+    estimate = jax.jit(lambda y: estimated_error(emulator, y, days, HOUR))
+    states, errors = estimate(y)
+    indices = np.array([SPECIES.index(name) for name in REPORTED])
+    relative = np.abs(errors) / (np.asarray(states) + chemistry.FLOOR[:, None])
+    true = np.abs(np.asarray(states)[HOUR - 1, :, :NUM_TEST] - expected[HOUR - 1])
+    true = true / (expected[HOUR - 1] + chemistry.FLOOR[:, None])
+    chosen = np.max(relative[:, indices], axis=(0, 1)) > THRESHOLD
+    last = np.max(relative[-1, indices], axis=0)[:NUM_TEST] > THRESHOLD
+    advance = program(solver)
+    mixed = np.where(chosen, advance(y, days, HOUR, 4), states[-1])
+    calls = {
+        "emulator": partial(program(emulator_step(emulator)), y, days, HOUR, 1),
+        "estimate": partial(estimate, y),
+        "solver": partial(advance, y, days, HOUR, 4),
+    }
+    timed = {name: lambda f=f: jax.block_until_ready(f()) for name, f in calls.items()}
+    medians = machine.medians_in_turns(timed, lambda times: len(times) >= 11)
+    ns = {name: 1e9 * x / HOUR / NUM_CELLS for name, x in medians.items()}
+    return {
+        "seed": seed,
+        "share": f"{np.mean(chosen):.3g}",
+        "share_at_the_end": f"{np.mean(last):.3g}",
+        "truly_above_at_the_end": f"{np.mean(np.max(true[indices], axis=0) > THRESHOLD):.3g}",
+        "error_before": f"{largest_error(states[-1], expected[HOUR - 1]):.3g}",
+        "error_after": f"{largest_error(mixed, expected[HOUR - 1]):.3g}",
+        "error_of_solver": f"{largest_error(calls['solver'](), expected[HOUR - 1]):.3g}",
+        "ns_emulator": f"{ns['emulator']:.3g}",
+        "ns_with_estimate": f"{ns['estimate']:.3g}",
+        "ns_solver": f"{ns['solver']:.3g}",
+        "ns_switched": f"{ns['estimate'] + np.mean(chosen) * ns['solver']:.3g}",
+    }
+
+
+def main():
+    parser = tables.make_parser(__doc__, quick="20 updates, an hour, and one solver")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
+    parser.add_argument("--updates", type=int, default=chemistry.NUM_UPDATES)
+    args = parser.parse_args()
+    folder, _ = tables.output_folders(args, __file__)
+    num_updates = 20 if args.quick else args.updates
+    num_steps = HOUR if args.quick else 288
+    expected = solution(num_steps)
+    training = train_and_tabulate.training_columns
+    rows = []
+    others = {"persistence": lambda y, day, h: y, CHEAP: cheap_step}
+    for name, step in others.items():
+        row = accuracy_row(name, "", step, expected, num_steps, training(None, 0, 0))
+        rows.append(row)
+    emulators = []
+    for seed in args.seed:
+        emulator, seconds = chemistry.train_emulator(seed, num_updates)
+        emulators.append(emulator)
+        columns = training(emulator, num_updates, seconds)
+        step = emulator_step(emulator)
+        rows.append(accuracy_row(OURS, seed, step, expected, num_steps, columns))
+        train_and_tabulate.write(folder, rows, ERRORS | OTHER)
+    switch = []
+    for seed, emulator in zip(args.seed, emulators, strict=True):
+        solver = solvers.SOLVERS["EBI, 4 sweeps"]
+        switch.append(switch_row(seed, emulator, expected, solver))
+        tables.write_csv(folder / "switch.csv", switch)
+    work = list(work_rows(emulators, expected, num_steps, args.quick))
+    if not args.quick:
+        work += kvaerno_rows(expected)
+    tables.write_csv(folder / "work.csv", work)
+    print(work_table(work))
+    tables.write_table(folder / "work.md", work_table(work))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The mechanism of examples/pollu.py has the published solution; its sparse Jacobian, its linear
+solver, its schemes and the solvers of the study are right; and the emulator of
+examples/chemistry.py conserves atoms and stays positive."""
+
+from functools import partial
+
+import chemistry
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pollu
+import pytest
+import scipy.integrate
+from pollu import SPECIES
+
+from studies.chemistry import run as study, solvers
+from tests.common import run_example, run_module, slow
+
+
+NOON = pollu.Day(jnp.array(720.0), jnp.array(0.0), jnp.array(1.0))
+NUM_SPECIES = len(SPECIES)
+
+
+def cells(num_cells=5, seed=0):
+    """Returns states and days in float64."""
+    keys = jax.random.split(jax.random.key(seed))
+    y, days = pollu.random_cells(keys[0], num_cells), pollu.random_days(keys[1], num_cells)
+    return jax.tree.map(lambda x: x.astype(jnp.float64), (y, days))
+
+
+def balanced_cells():
+    """Returns states whose radicals are in balance, and days."""
+    y, days = cells()
+    light = jnp.maximum(pollu.sun(days), 0.1)
+    for _ in range(100):
+        y = pollu.euler_backward(y, light, 0.1, num_sweeps=4)
+    return y, light
+
+
+def relative(x, y):
+    return jnp.max(jnp.abs(x - y) / (jnp.abs(y) + 1e-6 * pollu.TYPICAL[:, None]))
+
+
+def dense(matrix, size):
+    """Returns `[size, size]` from `{(row, column): number}`."""
+    result = np.zeros((size, size))
+    for place, x in matrix.items():
+        result[place] = x
+    return result
+
+
+#
+# The mechanism
+#
+
+
+def tendency(y, light=1.0):
+    return jnp.stack(pollu.tendency(y, light))
+
+
+def scipy_solution(y, minutes, light=1.0):
+    field = jax.jit(lambda t, y: tendency(y, light))
+    jacobian = jax.jit(lambda t, y: jax.jacfwd(tendency)(y, light))
+    options = dict(method="Radau", jac=jacobian, rtol=1e-9, atol=1e-22)
+    return scipy.integrate.solve_ivp(field, (0, minutes), y, **options).y[:, -1]
+
+
+def test_the_published_solution_after_an_hour():
+    """The numbers are those of the test set for IVP solvers."""
+    solution = scipy_solution(pollu.vector(pollu.REFERENCE_STATE), 60.0)
+    np.testing.assert_allclose(solution, pollu.TYPICAL, rtol=1e-4)
+    few = {"NO2": 0.05646255, "NO": 0.13424841, "O3": 0.005523140}
+    for name, published in few.items():
+        assert pollu.AFTER_AN_HOUR[name] == pytest.approx(published, rel=1e-6)
+
+
+def test_the_sparse_jacobian_is_the_derivative():
+    y = pollu.TYPICAL
+    expected = jax.jacfwd(tendency)(jnp.asarray(y))
+    entries = pollu.jacobian(y, 1.0)
+    np.testing.assert_allclose(dense(entries, NUM_SPECIES), expected, rtol=1e-12)
+    assert set(entries) == {tuple(place) for place in np.argwhere(expected != 0).tolist()}
+    assert len(entries) == 82  # of 400
+    factors = pollu.factorise(solvers.shifted(entries, 0.2))
+    assert len(factors) == 94  # the order of elimination adds few entries
+
+
+def test_nothing_else_than_atoms_is_conserved():
+    assert not np.any(pollu.ATOMS @ pollu.STOICHIOMETRY)
+    rank = np.linalg.matrix_rank(pollu.STOICHIOMETRY)
+    assert np.linalg.matrix_rank(pollu.ATOMS) == NUM_SPECIES - rank == 3
+
+
+def test_the_sun_is_dark_at_night_and_smooth_at_sunrise():
+    minutes = jnp.arange(0, 1440.0)
+    light = pollu.sun(pollu.Day(minutes, jnp.array(0.1), jnp.array(0.8)))
+    assert light[0] == 0 and jnp.argmax(light) == 720 and 0.9 < light[720] < 1
+    assert jnp.max(jnp.abs(jnp.diff(light))) < 0.01
+    zenith = pollu.sun(NOON)
+    assert zenith == pytest.approx(1)
+
+
+#
+# Linear systems and steps
+#
+
+
+def test_the_newton_matrix_is_the_derivative_of_the_residual():
+    (y, days), (stage, _) = cells(1), cells(1, seed=1)
+    y, stage, day = y[:, 0], stage[:, 0], jax.tree.map(lambda x: x[0], days)
+    residual = lambda stages: jnp.stack(pollu.radau_residual(stages, y, day))
+    stages = jnp.stack([stage, y])
+    expected = jax.jacfwd(residual)(stages).reshape(40, 40)
+    matrix = dense(pollu.newton_matrix(stages, day), 40)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-10)
+    correction = pollu.newton_correction(residual(stages), stages, day).reshape(40)
+    solution = jnp.linalg.solve(expected, residual(stages))
+    np.testing.assert_allclose(correction, solution, rtol=1e-6)
+
+
+def test_the_exact_radau_step_is_that_of_scipy():
+    """Scipy's method is Radau IIA with three stages. A single step of ours is less accurate."""
+    y, light = balanced_cells()
+    for cell in range(2):
+        start = y[:, cell]
+        day = always(light[cell])
+        expected = scipy_solution(start, 5.0, light[cell])
+        errors = []
+        for n in (1, 2, 4):
+            solution = start
+            for _ in range(n):
+                solution = pollu.radau(solution, day, 5.0 / n)
+            errors.append(np.linalg.norm((solution - expected) / pollu.TYPICAL))
+        assert errors[0] < 1e-2 and errors[2] < errors[1] / 3 < errors[0] / 9
+
+
+def always(light):
+    """Returns a day with constant light, at the pole."""
+    return pollu.Day(jnp.array(0.0), 0.4 / (0.4 - jnp.log(light)), jnp.array(0.0))
+
+
+@pytest.mark.parametrize("name", solvers.ROSENBROCK)
+def test_each_rosenbrock_method_has_its_order(name):
+    method = solvers.ROSENBROCK[name]
+    y, light = balanced_cells()
+    day = always(light)
+    step = jax.jit(partial(solvers.rosenbrock, method))
+
+    def error(n):
+        solution, h = y, 0.05 / n
+        for _ in range(n):
+            solution = step(solution, day, h)
+        return jnp.linalg.norm((solution - reference) / pollu.TYPICAL[:, None])
+
+    reference, h = y, 0.05 / 256
+    for _ in range(256):
+        reference = step(reference, day, h)
+    order = jnp.log2(error(8) / error(16))
+    assert order == pytest.approx(method.order, abs=0.4)
+
+
+def test_many_sweeps_of_ebi_are_an_implicit_euler_step():
+    y, days = cells()
+    light = pollu.sun(days)
+    u = jax.jit(partial(pollu.euler_backward, num_sweeps=300))(y, light, 5.0)
+    residual = u - y - 5 * tendency(u, light)
+    scale = y + 5 * jnp.stack([
+        pollu.gain_and_loss(i, u, light)[0] * jnp.ones(5) for i in range(NUM_SPECIES)
+    ])  # fmt: skip
+    assert jnp.max(jnp.abs(residual) / scale) < 1e-6
+    assert jnp.all(u > 0)
