@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pollu
-from chemistry import REPORTED, State, conserve, nrmse
-from pollu import DT, SPECIES
+from pollu import DT, REPORTED, SPECIES, nrmse
 
 from benchmarks import machine, tables
 from studies import train_and_tabulate
@@ -53,10 +52,10 @@ def double(tree):
 
 def solution(num_steps):
     """Returns the refined solution `[num_steps, 20, NUM_TEST]`."""
+    cells = jax.tree.map(lambda x: x[..., :NUM_TEST], test_cells())
     with train_and_tabulate.float64():
-        y, days = double(test_cells())
-        y, days = jax.tree.map(lambda x: x[..., :NUM_TEST], (y, days))
-        refined = jax.jit(lambda y: pollu.rollout(pollu.refined_radau, y, days, num_steps))
+        y, days = double(cells)
+        refined = jax.jit(lambda y: pollu.rollout(pollu.refined_solution, y, days, num_steps))
         return np.asarray(refined(y))
 
 
@@ -79,7 +78,7 @@ def emulator_step(emulator):
 
 
 def cheap_step(y, day, h):
-    return conserve(chemistry.cheap_stages(y, day)[1], y)
+    return pollu.conserve(pollu.cheap_stages(y, day)[1], y)
 
 
 def largest_error(y, expected):
@@ -131,9 +130,9 @@ def work_rows(emulators, expected, num_steps, quick):
 
 def kvaerno_rows(expected, num_cells=NUM_TEST):
     """Yields rows for the stiff solvers of diffrax: one hour, and fewer cells."""
+    cells = jax.tree.map(lambda x: x[..., :num_cells], test_cells())
     with train_and_tabulate.float64():
-        y, days = double(test_cells())
-        y, days = jax.tree.map(lambda x: x[..., :num_cells], (y, days))
+        y, days = double(cells)
         for name, (solver, rtol) in KVAERNO.items():
             step = partial(solvers.diffrax_step, solver(), rtol)
             advance = jax.jit(lambda y, step=step: step(y, days, DT * HOUR))
@@ -226,9 +225,9 @@ def switch_row(seed, emulator, expected, solver):
     estimate = jax.jit(lambda y: estimated_error(emulator, y, days, HOUR))
     states, errors = estimate(y)
     indices = np.array([SPECIES.index(name) for name in REPORTED])
-    relative = np.abs(errors) / (np.asarray(states) + chemistry.FLOOR[:, None])
+    relative = np.abs(errors) / (np.asarray(states) + pollu.FLOOR[:, None])
     true = np.abs(np.asarray(states)[HOUR - 1, :, :NUM_TEST] - expected[HOUR - 1])
-    true = true / (expected[HOUR - 1] + chemistry.FLOOR[:, None])
+    true = true / (expected[HOUR - 1] + pollu.FLOOR[:, None])
     chosen = np.max(relative[:, indices], axis=(0, 1)) > THRESHOLD
     last = np.max(relative[-1, indices], axis=0)[:NUM_TEST] > THRESHOLD
     advance = program(solver)
