@@ -1,11 +1,10 @@
 """Trains an emulator of the air-pollution chemistry POLLU (pollu.py): 20 species, 25 reactions,
-and photolysis that follows the sun.
+and photolysis that follows the sun, which is passed as `inputs`.
 
 *The residual* is that of a five-minute step of the two-stage Radau IIA method, multiplied by
 the inverse of its Newton matrix. It then is, to first order, the error of the state. The first
-stage is a leaf of the state, which the next step does not read. *The sun* is passed as
-`inputs`. *Concentrations* stay positive, and atoms are conserved. *The emulator* is a small
-network that improves a cheap scheme of first order. A solver is needed only to evaluate it.
+stage is a leaf of the state, which the next step does not read. *The emulator* is a network
+that improves a cheap scheme. Concentrations stay positive, and atoms are conserved.
 
     python examples/chemistry.py             trains and writes assets/chemistry.png
     python examples/chemistry.py --quick     the same in a minute, to see that it runs
@@ -71,10 +70,9 @@ class Emulator(eqx.Module):
     def stages(self, y, day):
         """Maps `[20, ...]` to the list of both stages."""
         cheap = pollu.cheap_stages(y, day)
-        logarithm = lambda y: jnp.log(y / pollu.like(y, TYPICAL) + 1e-3)
-        change = logarithm(cheap[1]) - logarithm(y)
+        before, after = (jnp.log(x / pollu.like(y, TYPICAL) + 1e-3) for x in (y, cheap[1]))
         light = jnp.stack([pollu.sun(day, c * DT) for c in (0, *pollu.NODES)] + [day.mean])
-        hidden = jnp.concatenate([0.5 * logarithm(y), 2 * change, 2 * light])
+        hidden = jnp.concatenate([0.5 * before, 2 * (after - before), 2 * light])
         hidden = jax.nn.silu(apply(self.first, hidden))
         for layer in self.middle:
             hidden += jax.nn.silu(apply(layer, hidden))
@@ -84,8 +82,7 @@ class Emulator(eqx.Module):
         return [pollu.conserve(x * factor, y) for x, factor in zip(cheap, factors, strict=True)]
 
 
-def apply(layer, x):
-    """Applies a layer to `[channels, ...]`."""
+def apply(layer, x):  # [channels, ...]
     return jnp.tensordot(layer.weight, x, 1) + pollu.like(x, layer.bias)
 
 
@@ -179,10 +176,10 @@ def main():
     start = jax.tree.map(lambda x: x.astype(jnp.float64), start)
     solution = rollout(pollu.refined_solution, *start, num_steps)
     errors = {name: pollu.nrmse(y, solution) for name, y in trajectories.items()}
-    steps = [n for n in REPORT_STEPS if n <= num_steps]
     for name, error in errors.items():
-            rows = {f"after {DT * n:.0f} min": [f"{x:.4f}" for x in error[n - 1]] for n in steps}
-        common.print_table(f"nRMSE, {name}", pollu.REPORTED, rows)
+        steps = [n for n in REPORT_STEPS if n <= num_steps]
+        rows = {f"{DT * n:.0f} minutes": [f"{x:.4f}" for x in error[n - 1]] for n in steps}
+        common.print_table(f"nRMSE of {name} after", pollu.REPORTED, rows)
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     hours = DT / 60 * np.arange(1, num_steps + 1)
@@ -191,7 +188,7 @@ def main():
         axes[0].plot(hours, 1000 * solution[:, i, 0], color=color, label=name)
         axes[0].plot(hours, 1000 * trajectories["emulator"][:, i, 0], ":", color="black")
     axes[0].set(title="solution, and emulator (dotted)", ylabel="concentration [ppb]")
-    largest = {k: np.concatenate([[0], np.max(error, axis=1)]) for k, error in errors.items()}
+    largest = {k: np.insert(np.max(error, axis=1), 0, 0) for k, error in errors.items()}
     common.plot_errors(axes[1], DT / 60, largest, "unseen cells, worst of eight species")
     for axis in axes:
         axis.set(xlabel="time [h]")

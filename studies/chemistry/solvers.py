@@ -1,5 +1,5 @@
-"""Solvers of the chemistry of examples/pollu.py, tuned for thousands of cells at once. The cells are
-the last axis, and each operation is vectorised over them.
+"""Solvers of the chemistry of examples/pollu.py, for thousands of cells at once. The cells are the
+last axis, and each operation is vectorised over them.
 
 A solver is a function `step(y, day, h) -> y` for states `[20, cells]`. Except for Radau, the
 light is constant during a step, as in air-quality models.
@@ -22,8 +22,8 @@ from pollu import SPECIES
 
 
 class Rosenbrock(NamedTuple):
-    """Solves (1/(γh) − J) kᵢ = f(y + Σⱼ aᵢⱼ kⱼ) + Σⱼ cᵢⱼ/h kⱼ for each stage i, where J = ∂f/∂y(y).
-    The result is y + Σᵢ mᵢ kᵢ."""
+    """Solves (1/(γh) − J) kᵢ = f(y + Σⱼ aᵢⱼ kⱼ) + Σⱼ cᵢⱼ/h kⱼ for each stage i. J is ∂f/∂y at
+    y. The result is y + Σᵢ mᵢ kᵢ."""
 
     order: int
     gamma: float
@@ -83,8 +83,8 @@ def combine(y, weights, ks, scale=1.0):
 
 
 def simplified_radau(y, day, h, num_iterations):
-    """Newton's method with the Jacobian J = ∂f/∂y at the start, factorised once. The eigenvalues
-    of the 2×2 matrix A of the method, a complex pair λ and λ̄, reduce the linear systems of 40
+    """Solves the Radau step by Newton's method with J = ∂f/∂y at y, factorised once. The
+    eigenvalues λ and conj(λ) of the 2×2 matrix of the method reduce the linear systems of 40
     unknowns to one complex system of 20: (1/(hλ) − J) w = v⁻¹ r / (hλ)."""
     values, vectors = np.linalg.eig(pollu.RADAU)
     shift, (v, v_inverse) = 1 / (h * values[0]), (vectors[:, 0], np.linalg.inv(vectors)[0])

@@ -11,10 +11,12 @@ import numpy as np
 import pollu
 import pytest
 import scipy.integrate
+from error_estimate import estimate_error
 from pollu import SPECIES
 
+from benchmarks.tables import read_csv
 from studies.chemistry import run as study, solvers
-from tests.common import run_example, run_module, slow
+from tests.common import read_picture, run_example, run_module, slow
 
 
 NOON = pollu.Day(jnp.array(720.0), jnp.array(0.0), jnp.array(1.0))
@@ -169,3 +171,111 @@ def test_many_sweeps_of_ebi_are_an_implicit_euler_step():
     ])  # fmt: skip
     assert jnp.max(jnp.abs(residual) / scale) < 1e-6
     assert jnp.all(u > 0)
+
+
+def test_the_extrapolated_solution_is_that_of_scipy():
+    y, light = balanced_cells()
+    for cell in range(2):
+        solution = jax.jit(pollu.refined_solution)(y[:, cell], always(light[cell]))
+        expected = scipy_solution(y[:, cell], pollu.DT, light[cell])
+        assert np.max(np.abs(solution - expected) / (expected + pollu.FLOOR)) < 1e-4
+
+
+#
+# The emulator
+#
+
+
+def untrained_emulator():
+    """Returns an emulator whose network has an effect, unlike that of a fresh one."""
+    sizes = jnp.full((2, NUM_SPECIES), 0.1)
+    emulator = chemistry.Emulator(jax.random.key(0), sizes)
+    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
+    return jax.tree.map(noise, emulator)
+
+
+def test_the_emulator_conserves_atoms_and_stays_positive():
+    emulator = untrained_emulator()
+    y, days = cells(20)
+    states = jax.jit(
+        lambda y: pollu.rollout(lambda y, day: emulator.stages(y, day)[1], y, days, 50)
+    )(y)
+    assert jnp.all(states > 0)
+    atoms = np.einsum("fs,tsc->tfc", pollu.ATOMS, states)
+    np.testing.assert_allclose(atoms, np.broadcast_to(pollu.ATOMS @ y, atoms.shape), rtol=1e-13)
+
+
+def test_pan_never_takes_more_atoms_than_there_are():
+    y, _ = cells()
+    much = y.at[SPECIES.index("PAN")].set(10.0)
+    result = pollu.conserve(much, y)
+    assert jnp.all(result > 0)
+    np.testing.assert_allclose(pollu.ATOMS @ result, pollu.ATOMS @ y, rtol=1e-13)
+
+
+def test_the_gradient_of_the_relative_error_is_that_with_a_constant_newton_matrix():
+    (y, days), (stage, _) = cells(1), cells(1, seed=1)
+    y, stage, day = y[:, 0], stage[:, 0], jax.tree.map(lambda x: x[0], days)
+    stages = jnp.stack([stage, y])
+    scale = stages + pollu.FLOOR
+
+    def with_constant_matrix(x):
+        residual = pollu.radau_residual(x, y, day)
+        return pollu.newton_correction(residual, stages, day) / scale
+
+    expected = jax.jacfwd(with_constant_matrix)(stages).reshape(40, 40)
+    gradient = jax.jacrev(lambda x: pollu.relative_error(x, y, day))(stages).reshape(40, 40)
+    scales = scale.reshape(40)
+    close = np.abs(gradient - expected) * scales[:, None] * scales / scales[:, None]
+    assert np.max(close / scales[:, None]) < 1e-6
+    np.testing.assert_allclose(
+        pollu.relative_error(stages, y, day), with_constant_matrix(stages), rtol=1e-10
+    )
+
+
+def test_the_estimated_error_is_that_of_the_function_to_copy():
+    """The study needs one Newton correction for each step instead of a general solver."""
+    emulator = untrained_emulator()
+    y, days = balanced_cells()[0][:, :1], jax.tree.map(lambda x: x[:1], cells()[1])
+    _, expected = study.estimated_error(emulator, y, days, num_steps=2)
+    y, day = y[:, 0], jax.tree.map(lambda x: x[0], days)
+    inputs = jax.tree.map(lambda *x: jnp.stack(x), *(pollu.later(day, n) for n in range(2)))
+
+    def residuum_fn(u_next, u_prev, day):
+        stages = jnp.stack([u_next.stage, u_next.y])
+        return jnp.stack(pollu.radau_residual(stages, u_prev.y, day))
+
+    def solve(operator, right):
+        scale = jnp.concatenate([y, y]) + jnp.tile(pollu.FLOOR, 2)
+        matrix = jax.jacfwd(operator)(jnp.zeros_like(right)) * scale
+        rows = jnp.max(jnp.abs(matrix), axis=1)
+        return scale * jnp.linalg.solve(matrix / rows[:, None], right / rows)
+
+    _, errors = estimate_error(
+        emulator, residuum_fn, chemistry.State(y, y), inputs, num_rollout_steps=2, solve=solve
+    )
+    close = np.abs(errors.y - expected[:, :, 0]) / pollu.TYPICAL
+    assert np.max(close) < 1e-6 * np.max(np.abs(errors.y) / pollu.TYPICAL)
+
+
+#
+# Programs
+#
+
+
+@slow
+def test_quick_example(tmp_path):
+    output = run_example("chemistry", "--quick", "--output", "figure.png", cwd=tmp_path)
+    for name in ("persistence", "cheap scheme", "emulator"):
+        assert f"nRMSE of {name} after" in output
+    assert read_picture(tmp_path / "figure.png").shape[2] == 3
+
+
+@slow
+def test_quick_study(tmp_path):
+    run_module(study.__name__, "--quick", "--output", "rows", cwd=tmp_path)
+    names = {path.name for path in (tmp_path / "rows").iterdir()}
+    assert names == {"rows.csv", "table.md", "work.csv", "work.md", "switch.csv"}
+    work = read_csv(tmp_path / "rows" / "work.csv")
+    errors = [float(row["after_1_h"]) for row in work if row["model"] == "EBI, 2 sweeps"]
+    assert errors == sorted(errors, reverse=True) and errors[0] < 0.1
