@@ -29,8 +29,8 @@ from studies.chemistry import solvers
 
 NUM_CELLS, NUM_TEST = 1000, 64
 HOUR, MONTH, TIMED_STEPS = 12, 30 * 288, 4
-OURS, CHEAP = "emulator", "scheme that it improves"
-SUBSTEPS = {"QSSA": (50, 200), "Radau, 2 iterations": (1, 2), "Radau, 4 iterations": (1, 2)}
+OURS, CHEAP, QUICK = "emulator", "scheme that it improves", "EBI, 2 sweeps"
+SUBSTEPS = {"QSSA": (50, 200)}
 KVAERNO = {"Kvaerno3": (diffrax.Kvaerno3, 1e-1), "Kvaerno5": (diffrax.Kvaerno5, 1e-1)}
 THRESHOLD, SWITCH_SOLVER, SWITCH_SUBSTEPS = 0.02, "EBI, extrapolated", 4
 
@@ -59,26 +59,27 @@ def solution(num_steps):
         return np.asarray(refined(y))
 
 
-def program(step):
-    """Returns a compiled function `y, days, num_steps, num_substeps -> y`."""
+@partial(jax.jit, static_argnums=0)
+def advance(step, y, days, num_steps, num_substeps, *args):
+    """Takes steps of five minutes by substeps `step(y, day, h, *args)`."""
+    h = DT / num_substeps
 
-    def advance(y, days, num_steps, num_substeps):
-        h = DT / num_substeps
+    def substep(n, y):
+        return step(y, days._replace(minute=days.minute + h * n), h, *args)
 
-        def substep(n, y):
-            return step(y, days._replace(minute=days.minute + h * n), h)
-
-        return jax.lax.fori_loop(0, num_steps * num_substeps, substep, y)
-
-    return jax.jit(advance)
+    return jax.lax.fori_loop(0, num_steps * num_substeps, substep, y)
 
 
-def emulator_step(emulator):
-    return lambda y, day, h: emulator.stages(y, day)[1]
+def emulator_step(y, day, h, emulator):
+    return emulator.stages(y, day)[1]
 
 
 def cheap_step(y, day, h):
     return pollu.conserve(pollu.cheap_stages(y, day)[1], y)
+
+
+def persistence(y, day, h):
+    return y
 
 
 def largest_error(y, expected):
@@ -98,23 +99,18 @@ def work_rows(emulators, expected, num_steps, quick):
     y, days = test_cells()
     cases = {}
     for name, step in solvers.SOLVERS.items():
-        if not quick or name == "EBI, 2 sweeps":
-            compiled = program(step)
-            for n in SUBSTEPS.get(name, (1, 2, 4, 8)):
-                cases[name, n] = partial(compiled, y, days, num_substeps=n)
-    cases[CHEAP, 1] = partial(program(cheap_step), y, days, num_substeps=1)
-    compiled = [program(emulator_step(emulator)) for emulator in emulators]
-    for seed, advance in enumerate(compiled):
-        cases[OURS, seed] = partial(advance, y, days, num_substeps=1)
+        for n in SUBSTEPS.get(name, (1, 2, 4, 8)) if not quick or name == QUICK else ():
+            cases[name, n] = lambda k, step=step, n=n: advance(step, y, days, k, n)
+    cases[CHEAP, 1] = lambda k: advance(cheap_step, y, days, k, 1)
+    for seed, emulator in emulators.items():
+        cases[OURS, seed] = lambda k, e=emulator: advance(emulator_step, y, days, k, 1, e)
     results = {}
-    for (name, n), advance in cases.items():
-        after = [advance(num_steps=k) for k in (1, HOUR, num_steps)]
+    for (name, n), case in cases.items():
+        after = [case(k) for k in (1, HOUR, num_steps)]
         results[name, n] = [largest_error(u, expected[k - 1]) for u, k in
                             zip(after, (1, HOUR, num_steps), strict=True)]  # fmt: skip
         results[name, n].append(min(float(jnp.min(u)) for u in after) < 0)
-    calls = {
-        k: lambda f=f: jax.block_until_ready(f(num_steps=TIMED_STEPS)) for k, f in cases.items()
-    }
+    calls = {k: lambda f=f: jax.block_until_ready(f(TIMED_STEPS)) for k, f in cases.items()}
     medians = machine.medians_in_turns(calls, lambda times: len(times) >= (3 if quick else 101))
     for (name, n), (first, hour, last, is_negative) in results.items():
         yield {
@@ -172,16 +168,16 @@ def work_table(rows):
 #
 
 
-def accuracy_row(model, seed, step, expected, num_steps, training):
+def accuracy_row(model, seed, step, args, expected, num_steps, training):
     """Returns the errors of all species, and what becomes of 1000 cells in 30 days."""
     y, days = test_cells()
-    advance = program(step)
     row = {"model": model, "seed": seed}
     for text, n in (("1_h", HOUR), ("24_h", num_steps)):
-        u = np.asarray(advance(y, days, n, 1))[None, :, :NUM_TEST]
+        u = np.asarray(advance(step, y, days, n, 1, *args))[None, :, :NUM_TEST]
         errors = nrmse(u, expected[n - 1 : n])[0]
         row |= {f"{name}_{text}": f"{x:.3g}" for name, x in zip(REPORTED, errors, strict=True)}
-    last = np.asarray(advance(y, days, MONTH if num_steps > HOUR else HOUR, 1), np.float64)
+    long = MONTH if num_steps > HOUR else HOUR
+    last = np.asarray(advance(step, y, days, long, 1, *args), np.float64)
     atoms = [pollu.ATOMS @ np.asarray(x, np.float64) for x in (y, last)]
     is_lost = ~np.all(np.isfinite(last) & (last >= 0) & (last < 10), axis=0)
     row["diverged"] = int(np.sum(is_lost))
@@ -203,6 +199,7 @@ OTHER = {
 #
 
 
+@partial(jax.jit, static_argnums=3)
 def estimated_error(emulator, y, days, num_steps):
     """Returns the emulator's states and their estimated errors, `[num_steps, 20, cells]`. For a
     step that solves stages from the state before, `estimate_error` (examples/error_estimate.py)
@@ -220,12 +217,11 @@ def estimated_error(emulator, y, days, num_steps):
     return jax.lax.scan(step, (y, jnp.zeros_like(y)), jnp.arange(num_steps))[1]
 
 
-def switch_row(seed, emulator, expected, solver):
+def switch_row(seed, emulator, expected):
     """Hands the cells whose estimated error after an hour exceeds the threshold to a solver,
     which starts again from the initial states."""
     y, days = test_cells()
-    estimate = jax.jit(lambda y: estimated_error(emulator, y, days, HOUR))
-    states, errors = estimate(y)
+    states, errors = estimated_error(emulator, y, days, HOUR)
     indices = np.array([SPECIES.index(name) for name in REPORTED])
     last = np.asarray(states[-1])
     relative = lambda error, y: np.max(
@@ -234,12 +230,12 @@ def switch_row(seed, emulator, expected, solver):
     chosen = relative(np.asarray(errors[-1]), last) > THRESHOLD
     tested = last[:, :NUM_TEST]
     is_bad = relative(tested - expected[HOUR - 1], expected[HOUR - 1]) > THRESHOLD
-    advance = program(solver)
-    mixed = np.where(chosen, advance(y, days, HOUR, SWITCH_SUBSTEPS), last)
+    case = solvers.SOLVERS[SWITCH_SOLVER], y, days, HOUR, SWITCH_SUBSTEPS
+    mixed = np.where(chosen, advance(*case), last)
     calls = {
-        "emulator": partial(program(emulator_step(emulator)), y, days, HOUR, 1),
-        "estimate": partial(estimate, y),
-        "solver": partial(advance, y, days, HOUR, SWITCH_SUBSTEPS),
+        "emulator": partial(advance, emulator_step, y, days, HOUR, 1, emulator),
+        "estimate": partial(estimated_error, emulator, y, days, HOUR),
+        "solver": partial(advance, *case),
     }
     timed = {name: lambda f=f: jax.block_until_ready(f()) for name, f in calls.items()}
     medians = machine.medians_in_turns(timed, lambda times: len(times) >= 51)
@@ -271,22 +267,20 @@ def main():
     expected = solution(num_steps)
     training = train_and_tabulate.training_columns
     rows = []
-    others = {"persistence": lambda y, day, h: y, CHEAP: cheap_step}
-    for name, step in others.items():
-        row = accuracy_row(name, "", step, expected, num_steps, training(None, 0, 0))
+    for name, step in {"persistence": persistence, CHEAP: cheap_step}.items():
+        row = accuracy_row(name, "", step, (), expected, num_steps, training(None, 0, 0))
         rows.append(row)
-    emulators = []
+    emulators = {}
     for seed in args.seed:
         emulator, seconds = chemistry.train_emulator(seed, num_updates)
-        emulators.append(emulator)
+        emulators[seed] = emulator
         columns = training(emulator, num_updates, seconds)
-        step = emulator_step(emulator)
-        rows.append(accuracy_row(OURS, seed, step, expected, num_steps, columns))
+        case = OURS, seed, emulator_step, (emulator,)
+        rows.append(accuracy_row(*case, expected, num_steps, columns))
         train_and_tabulate.write(folder, rows, ERRORS | OTHER)
     switch = []
-    for seed, emulator in zip(args.seed, emulators, strict=True):
-        solver = solvers.SOLVERS[SWITCH_SOLVER]
-        switch.append(switch_row(seed, emulator, expected, solver))
+    for seed, emulator in emulators.items():
+        switch.append(switch_row(seed, emulator, expected))
         tables.write_csv(folder / "switch.csv", switch)
     work = list(work_rows(emulators, expected, num_steps, args.quick))
     if not args.quick:
