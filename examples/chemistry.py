@@ -64,8 +64,7 @@ class Emulator(eqx.Module):
         self.error_sizes = error_sizes
 
     def __call__(self, state, day):
-        stage, y = self.stages(state.y, day)
-        return State(y, stage)
+        return State(*reversed(self.stages(state.y, day)))
 
     def stages(self, y, day):
         """Maps `[20, ...]` to the list of both stages."""
@@ -78,7 +77,7 @@ class Emulator(eqx.Module):
             hidden += jax.nn.silu(apply(layer, hidden))
         sizes = jax.lax.stop_gradient(self.error_sizes)
         outputs = [pollu.like(y, s) * apply(f, hidden) for s, f in zip(sizes, self.last)]  # noqa: B905
-        # Where nothing changes, nothing may grow: in months, every factor has its effect.
+        # Otherwise, what hardly changes might grow without bound over months.
         bound = 0.5 * jnp.abs(after - before) + 1e-4
         factors = [jnp.exp(jnp.clip(x, -bound, bound)) for x in outputs]
         return [pollu.conserve(x * factor, y) for x, factor in zip(cheap, factors, strict=True)]
@@ -166,17 +165,16 @@ def main():
     emulator, _ = train_emulator(args.seed, args.updates)
     num_test, num_steps = (4, REPORT_STEPS[1]) if args.quick else (NUM_TEST, REPORT_STEPS[-1])
     states, days = fresh_samples(jax.random.key(args.seed + 1), num_test)
-    rollout = jax.jit(pollu.rollout, static_argnums=(0, 3))
     steppers = {
         "persistence": lambda y, day: y,
         "cheap scheme": lambda y, day: pollu.conserve(pollu.cheap_stages(y, day)[1], y),
         "emulator": lambda y, day: emulator.stages(y, day)[1],
     }
     start = states.y.T, days
-    trajectories = {k: rollout(step, *start, num_steps) for k, step in steppers.items()}
+    trajectories = {k: pollu.rollout(step, *start, num_steps) for k, step in steppers.items()}
     jax.config.update("jax_enable_x64", True)
     start = jax.tree.map(lambda x: x.astype(jnp.float64), start)
-    solution = rollout(pollu.refined_solution, *start, num_steps)
+    solution = pollu.rollout(pollu.refined_solution, *start, num_steps)
     errors = {name: pollu.nrmse(y, solution) for name, y in trajectories.items()}
     for name, error in errors.items():
         steps = [n for n in REPORT_STEPS if n <= num_steps]
@@ -189,7 +187,7 @@ def main():
         i = SPECIES.index(name)
         axes[0].plot(hours, 1000 * solution[:, i, 0], color=color, label=name)
         axes[0].plot(hours, 1000 * trajectories["emulator"][:, i, 0], ":", color="black")
-    axes[0].set(title="solution, and emulator (dotted)", ylabel="concentration [ppb]")
+    axes[0].set(title="solution, and emulator (dotted)", ylabel="[ppb]")
     largest = {k: np.insert(np.max(error, axis=1), 0, 0) for k, error in errors.items()}
     common.plot_errors(axes[1], DT / 60, largest, "unseen cells, worst of eight species")
     for axis in axes:

@@ -11,6 +11,7 @@ studies/chemistry/solvers.py makes solvers of the same parts.
 """
 
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -464,6 +465,7 @@ def later(day, num_steps):
     return day._replace(minute=day.minute + DT * num_steps)
 
 
+@partial(jax.jit, static_argnums=(0, 3))
 def rollout(step, y, day, num_steps):
     """Returns states `[num_steps, 20, ...]` after each step `y, day -> y` of five minutes."""
 
