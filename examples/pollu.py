@@ -295,16 +295,6 @@ def newton_correction(residual, stages, day, h=DT):
     return solution.reshape(2, len(SPECIES), *solution.shape[1:])
 
 
-def radau(y, day, h=DT, num_iterations=8):
-    """Solves the step by Newton's method."""
-
-    def iterate(_, stages):
-        residual = radau_residual(stages, y, day, h)
-        return stages - newton_correction(residual, stages, day, h)
-
-    return jax.lax.fori_loop(0, num_iterations, iterate, jnp.stack([y, y]))[1]
-
-
 def relative_error(stages, y, day):
     """Returns the corrections `[2, 20, ...]` that Newton's method would make to both stages,
     relative to the concentrations."""
@@ -331,13 +321,14 @@ def euler_backward(y, light, h=DT, num_sweeps=2, guess=None):
     """Advances `[20, ...]` by h minutes. The result is positive, but mass is conserved only
     after many sweeps. They start from y, or from a guess."""
     u = list(y if guess is None else guess)
-    groups = num_sweeps * GROUPS + AT_THE_END
     solvers = {1: _solve_one, 2: _solve_two, 3: _solve_nitrogen_oxides_and_ozone}
-    for group in groups:
-        indices = [SPECIES.index(name) for name in group]
-        solutions = solvers[len(group)](indices, y, u, light, h)
-        for i, x in zip(indices, solutions, strict=True):
-            u[i] = x
+    for groups in num_sweeps * [GROUPS] + [AT_THE_END]:
+        for group in groups:
+            indices = [SPECIES.index(name) for name in group]
+            solutions = solvers[len(group)](indices, y, u, light, h)
+            for i, x in zip(indices, solutions, strict=True):
+                u[i] = x
+        u = list(computed_once(u))
     return jnp.stack(u)
 
 
