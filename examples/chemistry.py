@@ -68,7 +68,7 @@ class Emulator(eqx.Module):
 
     def stages(self, y, day):
         """Maps `[20, ...]` to the list of both stages."""
-        cheap = pollu.cheap_stages(y, day)
+        cheap = pollu.computed_once(pollu.cheap_stages(y, day))
         before, after = (jnp.log(x / pollu.like(y, TYPICAL) + 1e-3) for x in (y, cheap[1]))
         light = jnp.stack([pollu.sun(day, c * DT) for c in (0, *pollu.NODES)] + [day.mean])
         hidden = jnp.concatenate([0.5 * before, 2 * (after - before), 2 * light])

@@ -143,7 +143,8 @@ def sun(day, delay=0.0):
     elevation = day.mean - day.swing * jnp.cos(angle)
     is_day = elevation > 0.01
     # Along a slanted path, the air absorbs light. The factor is smooth at sunrise.
-    return jnp.where(is_day, jnp.exp(0.4 - 0.4 / jnp.where(is_day, elevation, 1.0)), 0.0)
+    light = jnp.exp(0.4 - 0.4 / jnp.where(is_day, elevation, 1.0))
+    return computed_once(jnp.where(is_day, light, 0.0))
 
 
 #
@@ -252,7 +253,7 @@ def solve(factors, x, order=None):
 
 
 # XLA would fuse each operation with all that use its result, and compute it again in each of
-# them. Without these barriers, a Rosenbrock step takes seven times as long.
+# them. Without these barriers, the steps take several times as long.
 computed_once = jax.lax.optimization_barrier
 
 
