@@ -99,6 +99,19 @@ EXAMPLES = {
         aspect=15 / 3.2,
         colors=common.COLORS[1:4],
     ),
+    "chemistry": Example(
+        [
+            Table(
+                f"nRMSE of {name} after",
+                "NO2, NO, O3, HCHO, CO, ALD, PAN, HNO3",
+                {"5 minutes": "* * * * * * * *", "60 minutes": "* * * * * * * *"},
+            )
+            for name in ("persistence", "cheap scheme", "emulator")
+        ],
+        aspect=11 / 3.4,
+        colors=common.COLORS[:3],
+        has_fields=False,
+    ),
     "lorenz": Example(
         [LORENZ],
         aspect=11 / 3.6,
@@ -186,7 +199,8 @@ EXAMPLES["burgers_2d"] = Example(
     colors=common.COLORS[:4],
     line="Loss of the solver's states: .e-.., of persistence: 1",
 )
-NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "launcher", "replay_buffer"}
+NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "launcher", "pollu"}
+NOT_PROGRAMS |= {"replay_buffer"}
 WITHOUT_FIGURE = {"batch_norm", "data_parallel"}
 
 

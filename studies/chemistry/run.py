@@ -1,0 +1,307 @@
+"""Does an emulator of air-pollution chemistry pay, compared with good solvers?
+
+The emulator is that of examples/chemistry.py, and the solvers are in solvers.py. All of them
+advance 1000 cells by steps of five minutes, or by a number of substeps, in compiled float32. An
+error is the largest one among eight species: ‖error‖ / ‖solution‖ over 64 cells that are
+unseen in training. The study also measures whether atoms are conserved, whether any of 1000
+cells diverges in 30 days, and what it costs to hand the cells with a large estimated error over
+to a solver.
+
+    python -m studies.chemistry.run --seed 0 1 2     everything
+    python -m studies.chemistry.run --quick          to see that it runs
+"""
+
+import random
+import statistics
+import time
+from functools import partial
+
+import chemistry
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pollu
+from pollu import DT, nrmse, REPORTED, SPECIES
+
+from benchmarks import machine, tables
+from studies import train_and_tabulate
+from studies.chemistry import solvers
+
+
+NUM_CELLS, NUM_TEST = 1000, 64
+HOUR, MONTH, TIMED_STEPS = 12, 30 * 288, 12
+OURS, CHEAP, QUICK = "emulator", "scheme that it improves", "EBI, 2 sweeps"
+SUBSTEPS = {"QSSA": (50, 200)}
+KVAERNO = {"Kvaerno3": (diffrax.Kvaerno3, 1e-1), "Kvaerno5": (diffrax.Kvaerno5, 1e-1)}
+THRESHOLD, SWITCH_SOLVER, SWITCH_SUBSTEPS = 0.02, "EBI, extrapolated", 4
+
+
+#
+# Rollouts
+#
+
+
+def test_cells(num_cells=NUM_CELLS):
+    """Returns states `[20, num_cells]` and days that are unseen in training."""
+    keys = jax.random.split(jax.random.key(2211))
+    return pollu.random_cells(keys[0], num_cells), pollu.random_days(keys[1], num_cells)
+
+
+def double(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+
+
+def solution(num_steps):
+    """Returns the refined solution `[num_steps, 20, NUM_TEST]`."""
+    cells = jax.tree.map(lambda x: x[..., :NUM_TEST], test_cells())
+    with train_and_tabulate.float64():
+        y, days = double(cells)
+        refined = jax.jit(lambda y: pollu.rollout(pollu.refined_solution, y, days, num_steps))
+        return np.asarray(refined(y))
+
+
+@partial(jax.jit, static_argnums=0)
+def advance(step, y, days, num_steps, num_substeps, *args):
+    """Takes steps of five minutes by substeps `step(y, day, h, *args)`."""
+    h = DT / num_substeps
+
+    def substep(n, y):
+        return step(y, days._replace(minute=days.minute + h * n), h, *args)
+
+    return jax.lax.fori_loop(0, num_steps * num_substeps, substep, y)
+
+
+def emulator_step(y, day, h, emulator):
+    return emulator.stages(y, day)[1]
+
+
+def cheap_step(y, day, h):
+    return pollu.conserve(pollu.cheap_stages(y, day)[1], y)
+
+
+def persistence(y, day, h):
+    return y
+
+
+def largest_error(y, expected):
+    """Returns the largest error of eight species."""
+    error = np.max(nrmse(np.asarray(y)[None, :, :NUM_TEST], expected[None]))
+    return error if np.isfinite(error) else np.inf
+
+
+def cpu_seconds(programs, num_calls):
+    """Returns the median CPU time [s] of each program in `{name: function of no arguments}`.
+    They run in turns. On a shared core, the wall time would include that of other programs."""
+    times = {name: [] for name in programs}
+    for _ in range(num_calls):
+        for name in random.sample(list(programs), len(programs)):
+            start = time.process_time()
+            jax.block_until_ready(programs[name]())
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(x) for name, x in times.items()}
+
+
+#
+# Work and precision
+#
+
+
+def work_rows(emulators, expected, num_steps, quick):
+    """Yields a row for each method and number of substeps, with the errors, and the time per
+    cell and step."""
+    y, days = test_cells()
+    cases = {}
+    for name, step in solvers.SOLVERS.items():
+        for n in SUBSTEPS.get(name, (1, 2, 4, 8)) if not quick or name == QUICK else ():
+            cases[name, n] = lambda k, step=step, n=n: advance(step, y, days, k, n)
+    cases[CHEAP, 1] = lambda k: advance(cheap_step, y, days, k, 1)
+    for seed, emulator in emulators.items():
+        cases[OURS, seed] = lambda k, e=emulator: advance(emulator_step, y, days, k, 1, e)
+    results = {}
+    for (name, n), case in cases.items():
+        after = [case(k) for k in (1, HOUR, num_steps)]
+        results[name, n] = [largest_error(u, expected[k - 1]) for u, k in
+                            zip(after, (1, HOUR, num_steps), strict=True)]  # fmt: skip
+        least = min(np.min(np.asarray(u) / pollu.TYPICAL[:, None]) for u in after)
+        results[name, n].append(not least > -1e-3)
+    calls = {k: partial(f, TIMED_STEPS) for k, f in cases.items()}
+    medians = cpu_seconds(calls, num_calls=3 if quick else 21)
+    for (name, n), (first, hour, last, is_negative) in results.items():
+        yield {
+            "model": name,
+            "substeps": "" if name == OURS else n,
+            "seed": n if name == OURS else "",
+            "first_step": f"{first:.3g}",
+            "after_1_h": f"{hour:.3g}",
+            "after_24_h": f"{last:.3g}",
+            "negative": "yes" if is_negative else "no",
+            "ns": f"{1e9 * medians[name, n] / TIMED_STEPS / NUM_CELLS:.3g}",
+            "machine": machine.describe("one core"),
+        }
+
+
+def kvaerno_rows(expected, num_cells=NUM_TEST):
+    """Yields rows for the stiff solvers of diffrax: one hour, and fewer cells."""
+    cells = jax.tree.map(lambda x: x[..., :num_cells], test_cells())
+    with train_and_tabulate.float64():
+        y, days = double(cells)
+        for name, (solver, rtol) in KVAERNO.items():
+            step = partial(solvers.diffrax_step, solver(), rtol)
+            advance = jax.jit(lambda y, step=step: step(y, days, DT * HOUR))
+            error = largest_error(advance(y), expected[HOUR - 1])
+            seconds = cpu_seconds({name: partial(advance, y)}, num_calls=3)[name]
+            yield {
+                "model": f"{name}, diffrax",
+                "substeps": "adaptive",
+                "after_1_h": f"{error:.3g}",
+                "negative": "",
+                "ns": f"{1e9 * seconds / HOUR / num_cells:.3g}",
+                "machine": machine.describe("one core"),
+            }
+
+
+WORK_COLUMNS = {
+    "substeps": "substeps",
+    "seed": "seed",
+    "first_step": "error after 5 min",
+    "after_1_h": "after 1 h",
+    "after_24_h": "after 24 h",
+    "negative": "negative values",
+    "ns": "ns per cell and step",
+}
+
+
+def work_table(rows):
+    lines = [[row["model"], *(row.get(c, "") for c in WORK_COLUMNS)] for row in rows]
+    return tables.markdown(["", *WORK_COLUMNS.values()], lines)
+
+
+#
+# Accuracy
+#
+
+
+def accuracy_row(model, seed, step, args, expected, num_steps, training):
+    """Returns the errors of all species, and what becomes of 1000 cells in 30 days."""
+    y, days = test_cells()
+    row = {"model": model, "seed": seed}
+    for text, n in (("1_h", HOUR), ("24_h", num_steps)):
+        u = np.asarray(advance(step, y, days, n, 1, *args))[None, :, :NUM_TEST]
+        errors = nrmse(u, expected[n - 1 : n])[0]
+        row |= {f"{name}_{text}": f"{x:.3g}" for name, x in zip(REPORTED, errors, strict=True)}
+    long = MONTH if num_steps > HOUR else HOUR
+    last = np.asarray(advance(step, y, days, long, 1, *args), np.float64)
+    atoms = [pollu.ATOMS @ np.asarray(x, np.float64) for x in (y, last)]
+    is_lost = ~np.all(np.isfinite(last) & (last >= 0) & (last < 10), axis=0)
+    row["diverged"] = int(np.sum(is_lost))
+    row["drift"] = f"{np.max(np.abs(atoms[1] / atoms[0] - 1)):.1e}"
+    return row | training
+
+
+ERRORS = {f"{name}, {text.replace('_', ' ')}": (f"{name}_{text}", "{:.4f}")
+          for text in ("1_h", "24_h") for name in REPORTED}  # fmt: skip
+OTHER = {
+    "of 1000 cells diverged in 30 days": ("diverged", "{:.0f}"),
+    "drift of atoms in 30 days": ("drift", "{:.0e}"),
+    "training [s]": ("seconds", "{:.0f}"),
+}
+
+
+#
+# The estimated error as a switch
+#
+
+
+@partial(jax.jit, static_argnums=3)
+def estimated_error(emulator, y, days, num_steps):
+    """Returns the emulator's states and their estimated errors, `[num_steps, 20, cells]`. For a
+    step that solves stages from the state before, `estimate_error` (examples/error_estimate.py)
+    becomes one Newton correction: (∂r/∂stages) e⁺ = r + (e, e)."""
+
+    def step(carry, n):
+        y, error = carry
+        day = pollu.later(days, n)
+        stages = jnp.stack(emulator.stages(y, day))
+        residual = pollu.radau_residual(stages, y, day)
+        residual = [r + error[i % len(SPECIES)] for i, r in enumerate(residual)]
+        y, error = stages[1], pollu.newton_correction(residual, stages, day)[1]
+        return (y, error), (y, error)
+
+    return jax.lax.scan(step, (y, jnp.zeros_like(y)), jnp.arange(num_steps))[1]
+
+
+def switch_row(seed, emulator, expected):
+    """Hands the cells whose estimated error after an hour exceeds the threshold to a solver,
+    which starts again from the initial states."""
+    y, days = test_cells()
+    states, errors = estimated_error(emulator, y, days, HOUR)
+    indices = np.array([SPECIES.index(name) for name in REPORTED])
+    last = np.asarray(states[-1])
+    relative = lambda error, y: np.max(
+        (np.abs(error) / (y + pollu.FLOOR[:, None]))[indices], axis=0
+    )
+    chosen = relative(np.asarray(errors[-1]), last) > THRESHOLD
+    tested = last[:, :NUM_TEST]
+    is_bad = relative(tested - expected[HOUR - 1], expected[HOUR - 1]) > THRESHOLD
+    case = solvers.SOLVERS[SWITCH_SOLVER], y, days, HOUR, SWITCH_SUBSTEPS
+    mixed = np.where(chosen, advance(*case), last)
+    calls = {
+        "emulator": partial(advance, emulator_step, y, days, HOUR, 1, emulator),
+        "estimate": partial(estimated_error, emulator, y, days, HOUR),
+        "solver": partial(advance, *case),
+    }
+    medians = cpu_seconds(calls, num_calls=21)
+    ns = {name: 1e9 * x / HOUR / NUM_CELLS for name, x in medians.items()}
+    return {
+        "seed": seed,
+        "share": f"{np.mean(chosen):.3g}",
+        "above_in_the_test": int(np.sum(is_bad)),
+        "recognised": int(np.sum(is_bad & chosen[:NUM_TEST])),
+        "false_alarms": int(np.sum(~is_bad & chosen[:NUM_TEST])),
+        "error_before": f"{largest_error(last, expected[HOUR - 1]):.3g}",
+        "error_after": f"{largest_error(mixed, expected[HOUR - 1]):.3g}",
+        "error_of_solver": f"{largest_error(calls['solver'](), expected[HOUR - 1]):.3g}",
+        "ns_emulator": f"{ns['emulator']:.3g}",
+        "ns_with_estimate": f"{ns['estimate']:.3g}",
+        "ns_solver": f"{ns['solver']:.3g}",
+        "ns_switched": f"{ns['estimate'] + np.mean(chosen) * ns['solver']:.3g}",
+    }
+
+
+def main():
+    parser = tables.make_parser(__doc__, quick="20 updates, an hour, and one solver")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
+    parser.add_argument("--updates", type=int, default=chemistry.NUM_UPDATES)
+    args = parser.parse_args()
+    folder, _ = tables.output_folders(args, __file__)
+    num_updates = 20 if args.quick else args.updates
+    num_steps = HOUR if args.quick else 288
+    expected = solution(num_steps)
+    training = train_and_tabulate.training_columns
+    rows = []
+    for name, step in {"persistence": persistence, CHEAP: cheap_step}.items():
+        row = accuracy_row(name, "", step, (), expected, num_steps, training(None, 0, 0))
+        rows.append(row)
+    emulators = {}
+    for seed in args.seed:
+        emulator, seconds = chemistry.train_emulator(seed, num_updates)
+        emulators[seed] = emulator
+        columns = training(emulator, num_updates, seconds)
+        case = OURS, seed, emulator_step, (emulator,)
+        rows.append(accuracy_row(*case, expected, num_steps, columns))
+        train_and_tabulate.write(folder, rows, ERRORS | OTHER)
+    switch = []
+    for seed, emulator in emulators.items():
+        switch.append(switch_row(seed, emulator, expected))
+        tables.write_csv(folder / "switch.csv", switch)
+    work = list(work_rows(emulators, expected, num_steps, args.quick))
+    if not args.quick:
+        work += kvaerno_rows(expected)
+    tables.write_csv(folder / "work.csv", work)
+    print(work_table(work))
+    tables.write_table(folder / "work.md", work_table(work))
+
+
+if __name__ == "__main__":
+    main()
