@@ -79,10 +79,8 @@ def estimate_error(stepper, residuum_fn, u_0, inputs=None, *, num_rollout_steps,
         x, y = unknowns(v_next), unknowns(v)
         r, from_previous = jax.jvp(partial(residual, x), (y,), (error,))
         if r.size != x.size:
-            text = (
-                f"has {r.size} entries, but the state has {x.size} unknowns. A complex number"
-            )
-            raise ValueError(f"residuum_fn {text} counts as two, an unchanged leaf as none")
+            text = f"{r.size} entries, but the state has {x.size} unknowns"
+            raise ValueError(f"residuum_fn has {text} (complex: two, unchanged leaf: none)")
         operator = jax.linearize(lambda x: residual(x, y), x)[1]
         # The error before the step is the first guess of the error after it.
         new_error = error + solve(operator, r - from_previous - operator(error))

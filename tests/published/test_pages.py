@@ -175,7 +175,7 @@ def boundary_conditions_need_the_padding_of_the_equation(
 
 @claim("how_good_is_it.md")
 def an_emulator_is_judged_without_reference_trajectories(
-    *, floors, baselines, estimated, true, corrected, after_correction, **_
+    *, floors, baselines, estimated, true, corrected, after_correction, **names
 ):
     coarse, half_step, half_width = floors.values()
     assert abs(coarse - 0.0127) < 3e-4 and coarse - half_step < 5e-4
@@ -186,6 +186,19 @@ def an_emulator_is_judged_without_reference_trajectories(
     assert abs(estimated / true - 1) < 0.05 and true == pytest.approx(0.066, rel=0.03)
     assert corrected < true / 6
     assert after_correction < 2e-5
+    nrmse_over_time = names["nrmse_over_time"]
+    assert nrmse_over_time.shape == (8, 50)
+    assert jnp.median(nrmse_over_time[:, -1]) == pytest.approx(0.048, rel=0.05)
+    assert jnp.max(nrmse_over_time) == pytest.approx(0.22, rel=0.05)
+    steppers, initial, exact = (names[name] for name in ("steppers", "initial", "exact"))
+    largest_ratio, norm = names["largest_ratio"], names["norm"]
+    assert largest_ratio(steppers["P once"], initial(64)) == pytest.approx(0.38, rel=0.1)
+    assert largest_ratio(steppers["P twice"], initial(64)) == pytest.approx(0.037, rel=0.1)
+    states, errors = names["estimate_error"](
+        steppers["P twice"], names["residuum_fn"], initial(64), num_rollout_steps=50
+    )
+    chex.assert_trees_all_close(norm(errors), norm(states - exact), rtol=0.04)
+    assert {"persistence", "P three times"} <= set(names["front"])
 
 
 @claim("recipes_training.md#pushforward-and-burn-in")
