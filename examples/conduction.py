@@ -4,11 +4,12 @@ wall whose temperature changes in time.
     ∂u/∂t − ∇·(k ∇u) = s,   k = 1 + u/2
     u = g(t) on the left edge,   k ∂u/∂n = −β u on the other edges and around the hole
 
-Time steps are implicit Euler, elements are linear triangles (P1). The residual consists of sums
-over the edges of the mesh. Newton's method uses the matrices that scikit-fem assembles, so each
-of the two checks the other.
+The residual is that of an implicit Euler step with linear triangular elements (P1). It consists
+of sums over the edges of the mesh. Newton's method uses matrices that scikit-fem assembles, so
+the two check each other.
 """
 
+import time
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import skfem
-from jax.scipy.sparse.linalg import cg
+from jax.scipy.sparse.linalg import bicgstab, cg
 from scipy.spatial import Delaunay
 from skfem.helpers import dot, grad
 
@@ -46,8 +47,8 @@ def random_mesh(spacing, seed):
 
 
 class Plate(NamedTuple):
-    """A mesh, and integrals of its hat functions φ. An edge is a pair (i, j) of neighbours. Each
-    appears in both directions, in the order of i."""
+    """A mesh, and integrals of its hat functions φ. An edge is a pair (i, j) of neighbours.
+    Each pair appears in both directions, sorted by i."""
 
     points: jax.Array  # [nodes, 2]
     is_fixed: jax.Array  # [nodes]
@@ -134,21 +135,27 @@ def residual(plate, u_next, u_prev, forcing):
     return jnp.where(plate.is_fixed, u_next - wall_temperature(forcing), r)
 
 
-def precondition(plate, r, tol=1e-2):
-    """Divides by the matrix for k = 1, approximately. The residual of fixed nodes must be 0."""
-    diagonal, others = matrix(plate, jnp.zeros_like(r))
+def fix(plate, operator):
+    """Replaces the operator by the identity in the rows and columns of fixed nodes."""
     free = ~plate.is_fixed
-    operator = lambda x: jnp.where(free, product(plate, (diagonal, others), free * x), x)
+    return lambda x: jnp.where(free, operator(free * x), x)
+
+
+def precondition(plate, r, tol=1e-2):
+    """Divides the residual, which must be 0 in fixed nodes, by the step's matrix for k = 1. The
+    conjugate gradients have no inverse, and JAX differentiates them by a second solve."""
+    diagonal, others = matrix(plate, jnp.zeros_like(r))
+    operator = fix(plate, partial(product, plate, (diagonal, others)))
     return cg(operator, r, tol=tol, M=lambda x: x / diagonal)[0]
 
 
 def relative_residual(plate, u_next, u_prev, forcing):
     """Scales the residual. Its mean square is 1 if nothing but the wall changes."""
-    r = lambda u: precondition(plate, residual(plate, u, u_prev, forcing))
-    size = lambda r: jnp.sqrt(jnp.sum(plate.lumped_mass * r**2) / jnp.sum(plate.lumped_mass))
-    unchanged = jax.lax.stop_gradient(size(r(set_wall(plate, u_prev, forcing))))
+    divided = lambda u: precondition(plate, residual(plate, u, u_prev, forcing))
     weights = jnp.sqrt(plate.lumped_mass / jnp.mean(plate.lumped_mass))
-    return weights * r(u_next) / (unchanged + 1e-6)
+    unchanged = weights * divided(set_wall(plate, u_prev, forcing))
+    size = jnp.sqrt(jnp.mean(unchanged**2)) + 1e-6
+    return weights * divided(u_next) / jax.lax.stop_gradient(size)
 
 
 #
@@ -176,7 +183,7 @@ def forcing_series(forcing, num_steps):
 
 
 #
-# A solver, which is used only for the evaluation
+# A solver and untrained steppers, which are used only for the evaluation
 #
 
 
@@ -205,3 +212,93 @@ def newton_solver(points, triangles):
         return u
 
     return step
+
+
+def solve(points, triangles, u_0, inputs):
+    """Returns the solver's states `[sample, time, nodes]`."""
+    step, plate = newton_solver(points, triangles), make_plate(points, triangles)
+    sources = np.asarray(jax.vmap(jax.vmap(partial(source, plate)))(inputs))
+    walls = np.asarray(wall_temperature(inputs))
+    states = [np.asarray(u_0)]
+    for t in range(walls.shape[1]):
+        samples = zip(states[-1], sources[:, t], walls[:, t], strict=True)
+        states.append(np.stack([step(*sample) for sample in samples]))
+    return np.stack(states, axis=1)
+
+
+def correct(divide, num_corrections):
+    """Returns a stepper that corrects its guess as the emulator does. Instead of a network, it
+    has `divide(plate, u, r)`: the residual divided by an approximation of the step's matrix."""
+
+    def stepper(plate, u_prev, forcing):
+        u = set_wall(plate, u_prev, forcing)
+        for _ in range(num_corrections):
+            u -= divide(plate, u, residual(plate, u, u_prev, forcing))
+        return u
+
+    return stepper
+
+
+def jacobi(plate, u, r):
+    return r / matrix(plate, u)[0]
+
+
+def krylov(plate, u, r, num_products=20):
+    """Divides by the Jacobian, as Newton's method does, but with BiCGSTAB."""
+    _, jacobian = jax.linearize(lambda u: product(plate, matrix(plate, u), u), u)
+    options = dict(tol=0.0, maxiter=num_products // 2, M=partial(jacobi, plate, u))
+    return bicgstab(fix(plate, jacobian), r, **options)[0]
+
+
+divide_by_matrix = lambda plate, u, r: precondition(plate, r)
+
+UNTRAINED = {
+    "persistence": lambda plate, u, forcing: u,
+    "20 Jacobi steps": correct(jacobi, 20),
+    "BiCGSTAB, 20 products": correct(krylov, 1),
+    "1 step u − P r": correct(divide_by_matrix, 1),
+    "4 steps u − P r": correct(divide_by_matrix, 4),
+}
+
+
+def rollout(stepper, plate, u_0, inputs):
+    """Returns the states `[time, nodes]` of one sample."""
+    step = lambda u, inputs_t: 2 * (stepper(plate, u, inputs_t),)
+    return jnp.concatenate([u_0[None], jax.lax.scan(step, u_0, inputs)[1]])
+
+
+def relative_error(plate, u, solution):
+    """Computes the nRMSE of states `[sample, time, nodes]`, as a mean over the samples."""
+    norm = lambda u: jnp.sqrt(jnp.sum(plate.lumped_mass * u**2, axis=-1))
+    return jnp.mean(norm(u - solution) / norm(solution), axis=0)
+
+
+def compare(steppers, mesh, u_0, inputs):
+    """Rolls out Newton's method and the steppers `{name: stepper}`. Returns their states, the
+    errors of the steppers, and the CPU times in ms of one step of one sample, all by name. Also
+    prints the residual of the solver's states, a check of both."""
+    plate = make_plate(*mesh)
+    rollouts = {"Newton": partial(solve, *mesh)}
+    for name, stepper in steppers.items():
+        batch = jax.jit(jax.vmap(partial(rollout, stepper, plate)))
+        rollouts[name] = batch.lower(u_0, inputs).compile()
+    states, times = {}, {}
+    for name, function in rollouts.items():
+        start = time.process_time()
+        states[name] = jax.block_until_ready(function(u_0, inputs))
+        times[name] = 1000 * (time.process_time() - start) / inputs.time.size
+    solution = states["Newton"]
+    r = jax.vmap(jax.vmap(partial(residual, plate)))(solution[:, 1:], solution[:, :-1], inputs)
+    print(f"\nLargest residual of the solver: {jnp.max(abs(r)):.0e}")
+    errors = {name: relative_error(plate, states[name], solution) for name in rollouts}
+    return states, errors, times
+
+
+def show_plate(axis, title, plate, u, limit):
+    """Draws u in colours, and the edges of the mesh."""
+    mesh = (*plate.points.T, plate.triangles.T)
+    style = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
+    image = axis.tripcolor(*mesh, u, **style)
+    axis.triplot(*mesh, color="black", linewidth=0.15)
+    axis.set(title=title, aspect="equal", xticks=[], yticks=[])
+    return image
