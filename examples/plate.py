@@ -5,7 +5,7 @@ plate with a hole, a moving source of heat, and a wall whose temperature changes
 emulator* maps the residual of a guess to a correction, by messages along the edges of the mesh.
 *The loss* is that of the residual divided by a matrix, with conjugate gradients: no matrix is
 inverted. Training needs no solver. Newton's method with scikit-fem checks the residual, and
-evaluates the emulator and steppers without training, on meshes unseen in training as well.
+evaluates the emulator and untrained steppers, on meshes unseen in training as well.
 
     python examples/plate.py             trains and writes assets/plate.png
     python examples/plate.py --quick     the same in seconds, to see that it runs
