@@ -214,7 +214,8 @@ EXAMPLES["burgers_2d"] = Example(
     colors=common.COLORS[:4],
     line="Loss of the solver's states: .e-.., of persistence: 1",
 )
-NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "conduction", "launcher", "replay_buffer"}
+NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "conduction", "launcher"}
+NOT_PROGRAMS |= {"replay_buffer"}
 WITHOUT_FIGURE = {"batch_norm", "data_parallel"}
 
 
