@@ -34,6 +34,11 @@ LORENZ = Table(
     "mean z, std x, std z, Lyapunov",
     {"Runge–Kutta": "24.28 * * *", "emulator": "* * * *"},
 )
+UNSEEN_PLATES = {  # persistence, as plate.py prints it
+    "training mesh, 644 nodes": "0.51868 1.32333 *",
+    "another mesh, 645 nodes": "0.41818 1.11104 *",
+    "finer mesh, 910 nodes": "0.41305 1.18455 *",
+}
 PERSISTENCE = {  # as gray_scott.py prints it
     "seeds": {
         "u and v": "0.0033 0.0228 0.1500 0.2598",
@@ -180,6 +185,29 @@ EXAMPLES = {
         aspect=13 / 3,
         colors=common.COLORS[:4],
     ),
+    "plate": Example(
+        [
+            Table(
+                mesh,
+                "step 1, step 10, ms / step",
+                {
+                    "Newton": "0.00000 0.00000 *",
+                    "persistence": persistence,
+                    "20 Jacobi steps": "* * *",
+                    "BiCGSTAB, 20 products": "* * *",
+                    "1 step u − P r": "* * *",
+                    "4 steps u − P r": "* * *",
+                    "emulator": "* * *",
+                    "6 corrections, not 4": "* * *",
+                    "estimated error": "* *",
+                },
+            )
+            for mesh, persistence in UNSEEN_PLATES.items()
+        ],
+        aspect=13 / 3,
+        colors=common.COLORS,
+        line=r"Largest residual of the solver: \de-1[456]",
+    ),
 }
 EXAMPLES["burgers_2d"] = Example(
     [
@@ -199,7 +227,7 @@ EXAMPLES["burgers_2d"] = Example(
     colors=common.COLORS[:4],
     line="Loss of the solver's states: .e-.., of persistence: 1",
 )
-NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "launcher", "pollu"}
+NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "conduction", "launcher", "pollu"}
 NOT_PROGRAMS |= {"replay_buffer"}
 WITHOUT_FIGURE = {"batch_norm", "data_parallel"}
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.sparse import BCOO
+from jax.experimental.sparse import BCOO, BCSR
+from jax.experimental.sparse.linalg import spsolve
 
 from residuum import Cuts, residuum_loss
 from test_residuum import OPTIMIZED, textbook_loss
@@ -29,6 +30,7 @@ WALKS = (
     "first_steps.md",
     "forcing.md",
     "how_good_is_it.md",
+    "meshes.md",
     "scaling_out.md",
     "your_own_problem.md",
 )
@@ -199,6 +201,87 @@ def an_emulator_is_judged_without_reference_trajectories(
     )
     chex.assert_trees_all_close(norm(errors), norm(states - exact), rtol=0.04)
     assert {"persistence", "P three times"} <= set(names["front"])
+
+
+@claim("meshes.md")
+@config("jax_enable_x64", False)
+def finite_elements_work_as_the_page_says(
+    *, mesh, heat, one_step, solve, check, u_0, inputs, A, products, stiffness, **names
+):
+    import equinox as eqx
+    import scipy.sparse
+    import skfem
+    from skfem.helpers import ddot, div, dot, grad, sym_grad
+
+    assert heat["A"].dtype == np.float64 and A.dtype == jnp.float32 and A.shape == (900, 900)
+    exact, late, not_fixed = names["checks"]
+    assert exact < 1e-11 and late == pytest.approx(0.007, rel=0.1)
+    assert not_fixed == pytest.approx(0.4, rel=0.1)
+    assert names["too_large"] == pytest.approx(6, rel=0.1) and names["divided_error"] < 0.015
+    trained, untrained = names["errors"]
+    assert trained < 0.06 and untrained == pytest.approx(0.6, rel=0.1)
+
+    def divided_once(u_prev, inputs_t):
+        u = names["set_wall"](u_prev, inputs_t)
+        return u - names["divide"](names["heat_residuum"](u, u_prev, inputs_t))
+
+    assert names["nrmse"](divided_once) < 0.005
+    for product in products(heat["A"]).values():
+        chex.assert_trees_all_close(product(u_0[0]), A @ u_0[0], atol=1e-6)
+    assert_close_to(names["both"], sum(names["alone"]) / 2)
+
+    # A conductivity on the triangles, or one that depends on the solution, as scikit-fem has it
+    basis = skfem.Basis(mesh, skfem.ElementTriP1())
+    varying = skfem.BilinearForm(lambda u, v, w: (1 + w.u / 2) * dot(grad(u), grad(v)))
+    u = np.asarray(u_0[0], float)
+    expected = varying.assemble(basis, u=basis.interpolate(u)) @ u
+    actual = stiffness(1 + u_0[0][mesh.t].mean(axis=0) / 2) @ u_0[0]
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+    # The other equations
+    bilinear = lambda form: skfem.BilinearForm(lambda u, v, w: form(u, v))
+    test = lambda v: v + 0.015 * grad(v)[0]
+    transport = lambda u, v: grad(u)[0] * test(v) + 1e-3 * dot(grad(u), grad(v))
+    B = bilinear(lambda u, v: u * test(v)).assemble(basis)
+    supg = heat | {"A": B + 0.01 * bilinear(transport).assemble(basis), "B": B}
+    assert check(one_step(**supg), u_0, inputs, solve(u_0, inputs, **supg)) < 1e-10
+
+    vectors = skfem.Basis(mesh, skfem.ElementVector(skfem.ElementTriP1()))
+    lame = lambda u, v: 2 * ddot(sym_grad(u), sym_grad(v)) + div(u) * div(v)
+    K, M = (bilinear(form).assemble(vectors) for form in (lame, dot))
+    ones, eye, half = np.ones(vectors.N), scipy.sparse.eye(vectors.N), 0.01 / 2
+    weight = skfem.LinearForm(lambda v, w: -v[1]).assemble(vectors)
+    clamped = np.isin(np.arange(vectors.N), vectors.get_dofs(lambda x: x[0] < 1e-9).all())
+    elastic = {
+        "A": scipy.sparse.bmat([[eye, -half * eye], [half * K, M]], format="csr"),
+        "B": scipy.sparse.bmat([[eye, half * eye], [-half * K, M]], format="csr"),
+        "loads": 0.01 * np.concatenate([0 * weight, weight])[None],
+        "is_fixed": np.tile(clamped, 2),
+        "lumped_mass": np.concatenate([ones, M @ ones]),
+    }
+    at_rest = jnp.zeros((1, 2 * vectors.N))
+    gravity = {"load": jnp.ones((1, 20, 1)), "wall": jnp.zeros((1, 20))}
+    falling = solve(at_rest, gravity, **elastic)
+    assert check(one_step(**elastic), at_rest, gravity, falling) < 1e-9
+
+    # What does not work
+    csr = BCSR.from_scipy_sparse(heat["A"])
+    solve_sparse = lambda b: spsolve(csr.data, csr.indices, csr.indptr, b)
+    difference = lambda u_next, u_prev: u_next - u_prev
+    with pytest.raises(TypeError):
+        jnp.linalg.solve(A, u_0[0])
+    with pytest.raises(NotImplementedError, match="Batching rule for 'spsolve'"):
+        residuum_loss(solve_sparse, u_0[:1, None], difference)
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        residuum_loss(lambda u: heat["A"] @ u, u_0[:, None], difference)
+    with pytest.raises(TypeError, match="Pass the values of a sparse matrix"):
+        residuum_loss(lambda u: u, A, difference)
+
+    class Emulator(eqx.Module):
+        matrix: BCOO
+
+    grads = eqx.filter_grad(lambda emulator: jnp.sum(emulator.matrix @ u_0[0]))(Emulator(A))
+    assert jnp.max(jnp.abs(grads.matrix.data)) > 0.1
 
 
 @claim("recipes_training.md#pushforward-and-burn-in")

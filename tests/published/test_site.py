@@ -17,7 +17,8 @@ WORDS = """residual, PINN, unsupervised, TBPTT, truncated backpropagation, repla
 Dirichlet, Neumann, ghost cell, forcing, inputs, batch norm, offload, temporal bundling,
 burn-in, overlapping, baseline, conservation, superiority, physics-informed, surrogate,
 persistence, gradient clipping, boundary condition, warm-up, ablation, error estimate,
-floor of the residual""".replace("\n", " ").split(", ")
+floor of the residual, finite element, FEM, mass matrix, stiffness matrix, unstructured mesh,
+triangle, BCOO, hard constraint, Robin""".replace("\n", " ").split(", ")
 
 
 class Elements(html.parser.HTMLParser):

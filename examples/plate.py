@@ -1,0 +1,200 @@
+"""Trains an emulator of nonlinear heat conduction (conduction.py) on an unstructured mesh: a
+plate with a hole, a moving source of heat, and a wall whose temperature changes in time.
+
+*Source and wall* are passed as `inputs`: the parameters of their formulas, and the time. *The
+emulator* maps the residual of a guess to a correction, by messages along the edges of the mesh.
+*The loss* is that of the residual divided by a matrix, with conjugate gradients: no matrix is
+inverted. Training needs no solver. Newton's method with scikit-fem checks the residual, and
+evaluates the emulator and untrained steppers, on meshes unseen in training as well.
+
+    python examples/plate.py             trains and writes assets/plate.png
+    python examples/plate.py --quick     the same in seconds, to see that it runs
+"""
+
+from functools import partial
+
+import common
+import conduction
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import optax
+from error_estimate import estimate_error, gmres
+from replay_buffer import diverged, put_back, sample
+
+from residuum import residuum_loss
+
+
+BUFFER_SIZE, BATCH_SIZE = 64, 4
+REPORT_STEPS = (1, 10, 50)
+# The distance of nodes, and the seed of their positions.
+MESHES = {"training mesh": (0.04, 0), "another mesh": (0.04, 1), "finer mesh": (0.033, 2)}
+
+
+#
+# The emulator
+#
+
+
+class Emulator(eqx.Module):
+    """Maps the residual to a correction several times, with the same weights. It is linear in
+    the residual. The mesh and the conductivity enter through gates on edges and nodes."""
+
+    edge_network: eqx.nn.MLP
+    node_network: eqx.nn.MLP
+    first: jax.Array  # [width]
+    layers: jax.Array  # [depth, 2 * width, width]
+    last: jax.Array  # [width]
+
+    def __init__(self, key, *, width=16, depth=4):
+        keys = jax.random.split(key, 4)
+        self.edge_network = eqx.nn.MLP(4, width, 16, 1, jax.nn.gelu, key=keys[0])
+        self.node_network = eqx.nn.MLP(3, width, 16, 1, jax.nn.gelu, key=keys[1])
+        self.first = jax.random.normal(keys[2], (width,))
+        shape = (depth, 2 * width, width)
+        self.layers = jax.random.normal(keys[3], shape) / (6 * width) ** 0.5
+        self.last = jnp.zeros(width)
+
+    def __call__(self, plate, u_prev, forcing, num_corrections=4):
+        start = conduction.set_wall(plate, u_prev, forcing)
+        diagonal, others = conduction.matrix(plate, start)
+        edge_gates, node_gates = self.gates(plate, start, diagonal, others)
+
+        @jax.checkpoint  # computing the messages again takes less time than storing them
+        def exchange(hidden, weights):
+            messages = conduction.sum_edges(plate, edge_gates * hidden[plate.edges[1]])
+            inputs = jnp.concatenate([node_gates * hidden, messages], axis=1)
+            return hidden + inputs @ weights, None
+
+        def correct(u, _):
+            r = conduction.residual(plate, u, u_prev, forcing) / diagonal
+            hidden, _ = jax.lax.scan(exchange, r[:, None] * self.first, self.layers)
+            return jnp.where(plate.is_fixed, start, u - r - 0.1 * hidden @ self.last), None
+
+        return jax.lax.scan(correct, start, length=num_corrections)[0]
+
+    def gates(self, plate, u, diagonal, others):
+        """Computes gates `[edges, width]` and `[nodes, width]` from ratios without units."""
+        ratios = lambda x, of_nodes: [x / of_nodes[i] for i in plate.edges]
+        edges = ratios(others, diagonal) + ratios(plate.mass, plate.lumped_mass)
+        edge_gates = 0.3 * jax.vmap(self.edge_network)(4 * jnp.stack(edges, axis=1))
+        share_of_mass = plate.lumped_mass / conduction.DT / diagonal
+        nodes = jnp.stack([1 + u / 2, share_of_mass, plate.is_fixed], axis=1)
+        free = ~plate.is_fixed[plate.edges[1], None]
+        return free * edge_gates, 1 + jax.vmap(self.node_network)(nodes)
+
+
+#
+# Training
+#
+
+
+def train_emulator(plate, key, num_updates):
+    """Returns a trained emulator, and the training time in seconds."""
+    keys = jax.random.split(key, 3)
+    rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_updates // 20, num_updates)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    # Conjugate gradients return 0 for a residual that is NaN, so look at the gradient.
+    optimizer = optax.apply_if_finite(optimizer, num_updates)
+    arrays, static = eqx.partition(Emulator(keys[0]), eqx.is_array)
+
+    def update(carry, key):
+        arrays, opt_state, buffer = carry
+        sample_key, replay_key, fresh_key = jax.random.split(key, 3)
+        samples, (u, forcing) = sample(buffer, BATCH_SIZE, sample_key)
+        inputs = conduction.forcing_series(forcing, 1)
+
+        def loss_fn(arrays):
+            stepper = partial(eqx.combine(arrays, static), plate)
+            residuum_fn = partial(conduction.relative_residual, plate)
+            return residuum_loss(stepper, u[:, None], residuum_fn, inputs=inputs, has_aux=True)
+
+        (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(arrays)
+        updates, opt_state = optimizer.update(grads, opt_state, arrays)
+        final = rollout.final_state, forcing._replace(time=inputs.time[:, -1])
+        fresh = conduction.random_samples(plate, fresh_key, BATCH_SIZE)
+        lost = diverged(rollout.final_state - 1, bound=3) | (forcing.time > 0.5)  # so k > 0
+        options = dict(lost=lost, share=0.2, key=replay_key)
+        buffer = put_back(buffer, samples, final, fresh, **options)
+        return (optax.apply_updates(arrays, updates), opt_state, buffer), loss
+
+    @jax.jit
+    def updates(carry, keys):
+        carry, losses = jax.lax.scan(update, carry, keys)
+        return carry, jnp.mean(losses)
+
+    buffer = conduction.random_samples(plate, keys[1], BUFFER_SIZE)
+    carry = arrays, optimizer.init(arrays), buffer
+    chunks = jax.random.split(keys[2], (num_updates // 20, 20))
+    (arrays, *_), seconds = common.train(updates, carry, chunks, "20 updates each")
+    return eqx.combine(arrays, static), seconds
+
+
+#
+# Evaluation
+#
+
+
+def estimated_error(emulator, plate, u_0, inputs):
+    """Estimates the nRMSE `[time]` of the emulator, without a solver."""
+    stepper, residuum_fn = partial(emulator, plate), partial(conduction.residual, plate)
+    divide = partial(conduction.jacobi, plate, 0 * u_0[0])
+    options = dict(num_rollout_steps=inputs.time.shape[1], solve=partial(gmres, M=divide))
+    estimate = partial(estimate_error, stepper, residuum_fn, **options)
+    u, errors = jax.jit(jax.vmap(estimate))(u_0, inputs)
+    return jnp.pad(conduction.relative_error(plate, u, u - errors), (1, 0))
+
+
+def draw(path, plate, states, errors):
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
+    n = len(errors["emulator"]) // 2
+    solution, emulated = (states[name][0, n] for name in ("Newton", "emulator"))
+    pictures = {"solver": solution, "emulator": emulated}
+    pictures["difference × 100"] = 100 * (emulated - solution)
+    for axis, (name, u) in zip(axes, pictures.items(), strict=False):
+        limit = jnp.max(abs(solution))
+        image = conduction.show_plate(axis, f"u, {name}, step {n}", plate, u, limit)
+    figure.colorbar(image, ax=axes[2], shrink=0.8)
+    shown = (
+        "persistence",
+        "20 Jacobi steps",
+        "BiCGSTAB, 20 products",
+        "4 steps u − P r",
+        "emulator",
+    )
+    common.plot_errors(axes[3], conduction.DT, {name: errors[name] for name in shown})
+    axes[3].legend(fontsize="x-small")
+    common.save_figure(path, figure)
+
+
+def main():
+    args = common.parse_options(__doc__, "assets/plate.png", updates=(1600, 100))
+    keys = jax.random.split(jax.random.key(args.seed), 1 + len(MESHES))
+    plate = conduction.make_plate(*conduction.random_mesh(*MESHES["training mesh"]))
+    emulator, _ = train_emulator(plate, keys[0], args.updates)
+
+    jax.config.update("jax_enable_x64", True)  # shows that the solver has no residual
+    double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
+    emulator = jax.tree.map(double, emulator)
+    num_test, num_steps = (2, 10) if args.quick else (8, REPORT_STEPS[-1])
+    steps = [n for n in REPORT_STEPS if n <= num_steps]
+    for (title, mesh), key in zip(MESHES.items(), keys[1:], strict=True):
+        mesh = conduction.random_mesh(*mesh)
+        plate = conduction.make_plate(*mesh)
+        u_0, forcing = conduction.random_samples(plate, key, num_test)
+        inputs = conduction.forcing_series(forcing, num_steps)
+        steppers = conduction.UNTRAINED | {"emulator": emulator}
+        steppers["6 corrections, not 4"] = partial(emulator, num_corrections=6)
+        states, errors, times = conduction.compare(steppers, mesh, u_0, inputs)
+        errors["estimated error"] = estimated_error(emulator, plate, u_0, inputs)
+        columns, rows = [*(f"step {n}" for n in steps), "ms / step"], {}
+        for name, error in errors.items():
+            ms = [f"{times[name]:.2f}"] if name in times else []
+            rows[name] = [f"{error[n]:.5f}" for n in steps] + ms
+        common.print_table(f"{title}, {len(plate.points)} nodes", columns, rows)
+    draw(args.output, plate, states, errors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The residual of examples/conduction.py is that of scikit-fem's matrices, its solver keeps the
+walls and the heat, and the emulator of examples/plate.py keeps the walls."""
+
+from functools import partial
+
+import conduction
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plate as program
+import pytest
+import skfem
+from replay_buffer import diverged
+from skfem.helpers import dot, grad
+
+
+MESH = conduction.random_mesh(0.1, seed=0)
+
+
+def sample(seed=0):
+    """Returns a plate, two random states whose walls are right, and a forcing."""
+    plate = conduction.make_plate(*MESH)
+    keys = jax.random.split(jax.random.key(seed))
+    states, forcings = conduction.random_samples(plate, keys[0], 2)
+    forcing = jax.tree.map(lambda x: x[0], forcings)._replace(time=jnp.float64(0.03))
+    states += 0.1 * jax.random.normal(keys[1], states.shape)
+    return plate, conduction.set_wall(plate, states[0], forcing), states[1], forcing
+
+
+def assembled_residual(u_next, u_prev, source):
+    """Assembles the residual of all nodes as one linear form, and so without any matrix."""
+    mesh = skfem.MeshTri(*map(np.ascontiguousarray, (MESH[0].T, MESH[1])))
+    basis = skfem.Basis(mesh, skfem.ElementTriP1())
+    lossy = mesh.facets_satisfying(lambda x: x[0] > 1e-9, boundaries_only=True)
+    edge = skfem.FacetBasis(mesh, skfem.ElementTriP1(), facets=lossy)
+
+    @skfem.LinearForm
+    def inside(v, w):
+        rate = (w.u - w.u_prev) / conduction.DT - w.source
+        return rate * v + (1 + w.u / 2) * dot(grad(w.u), grad(v))
+
+    losses = skfem.LinearForm(lambda v, w: conduction.BETA * w.u * v)
+    fields = dict(u=u_next, u_prev=u_prev, source=source)
+    fields = {name: basis.interpolate(np.asarray(x)) for name, x in fields.items()}
+    return inside.assemble(basis, **fields) + losses.assemble(
+        edge, u=edge.interpolate(np.asarray(u_next))
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_residual_is_what_scikit_fem_assembles(seed):
+    plate, u_next, u_prev, forcing = sample(seed)
+    expected = assembled_residual(u_next, u_prev, conduction.source(plate, forcing))
+    actual = conduction.residual(plate, u_next, u_prev, forcing)
+    free = ~np.asarray(plate.is_fixed)
+    assert np.max(np.abs(expected[free])) > 0.1
+    assert np.max(np.abs(actual - expected)[free]) < 1e-10
+
+
+def test_the_residual_of_fixed_nodes_is_the_error_of_the_wall():
+    plate, u_next, u_prev, forcing = sample()
+    r = conduction.residual(plate, u_next + 0.1, u_prev, forcing)
+    assert plate.is_fixed.sum() == 11
+    assert np.allclose(r[plate.is_fixed], 0.1, atol=1e-12)
+    r = conduction.residual(plate, u_next, u_prev, forcing)
+    assert jnp.all(r[plate.is_fixed] == 0)
+
+
+def test_the_matrix_is_that_of_a_linear_step():
+    """For k = 1, at u = 0, the matrix is the derivative of the residual. It is symmetric, with
+    the diagonal that Jacobi's method divides by."""
+    plate, _, u_prev, forcing = sample()
+    zero = jnp.zeros_like(u_prev)
+    jacobian = jax.jacfwd(conduction.residual, argnums=1)(plate, zero, u_prev, forcing)
+    diagonal, others = conduction.matrix(plate, zero)
+    operator = conduction.fix(plate, partial(conduction.product, plate, (diagonal, others)))
+    actual = jax.jacfwd(operator)(zero)
+    free = ~plate.is_fixed
+    assert np.allclose(actual, actual.T, atol=1e-12)
+    assert np.allclose(actual[free][:, free], jacobian[free][:, free], atol=1e-12)
+    assert np.allclose(jnp.diag(actual)[free], diagonal[free], atol=1e-12)
+    r = jnp.where(plate.is_fixed, 0, u_prev)
+    divided = conduction.precondition(plate, r, tol=1e-10)
+    assert np.allclose(divided, jnp.linalg.solve(actual, r), atol=1e-9)
+
+
+def test_the_gradient_through_conjugate_gradients():
+    plate, u_next, u_prev, forcing = sample()
+    norm = lambda r: jnp.sum(conduction.precondition(plate, r, tol=1e-10) ** 2)
+    r = conduction.residual(plate, u_next, u_prev, forcing)
+    direction = jnp.where(plate.is_fixed, 0, jnp.sin(10 * jnp.arange(r.size)))
+    slope = (norm(r + 1e-4 * direction) - norm(r - 1e-4 * direction)) / 2e-4
+    assert jnp.vdot(jax.grad(norm)(r), direction) == pytest.approx(float(slope), rel=1e-6)
+
+
+def test_the_loss_of_persistence_is_one():
+    plate, _, u_prev, forcing = sample()
+    start = conduction.set_wall(plate, u_prev, forcing)
+    r = conduction.relative_residual(plate, start, u_prev, forcing)
+    assert jnp.mean(r**2) == pytest.approx(1, abs=1e-4)
+
+
+def solver_step(seed=0):
+    plate, _, u_prev, forcing = sample(seed)
+    source, wall = conduction.source(plate, forcing), conduction.wall_temperature(forcing)
+    u_next = conduction.newton_solver(*MESH)(u_prev, np.asarray(source), float(wall))
+    return plate, u_next, u_prev, forcing
+
+
+def test_the_solver_has_no_residual_and_keeps_the_wall():
+    plate, u_next, u_prev, forcing = solver_step()
+    r = conduction.residual(plate, u_next, u_prev, forcing)
+    assert jnp.max(jnp.abs(r)) < 1e-12
+    wall = conduction.wall_temperature(forcing)
+    assert np.allclose(u_next[plate.is_fixed], wall, atol=1e-14)
+
+
+@pytest.mark.parametrize("mistake", ["wall", "boundary", "time"])
+def test_the_residual_exposes_mistakes(mistake):
+    """It is far from zero if the wall of a state is wrong, the losses at the other edges are
+    forgotten, or the forcing is that of another step."""
+    plate, u_next, u_prev, forcing = solver_step()
+    if mistake == "wall":
+        u_next = np.where(plate.is_fixed, u_prev, u_next)
+    if mistake == "boundary":
+        plate = plate._replace(loss=0 * plate.loss)
+    if mistake == "time":
+        forcing = forcing._replace(time=forcing.time + conduction.DT)
+    r = conduction.residual(plate, u_next, u_prev, forcing)
+    assert jnp.max(jnp.abs(r)) > 1e-4
+
+
+def test_heat_is_lost_at_the_boundary_alone():
+    """The sum of the residual's rows is the balance of heat. The losses are β ∫ u along all
+    edges but the left one."""
+    plate, u_next, _, forcing = sample()
+    forcing = forcing._replace(heat=0.0)
+    balance = jnp.sum(conduction.product(plate, conduction.matrix(plate, u_next), u_next))
+    balance -= jnp.sum(plate.lumped_mass * u_next) / conduction.DT
+    i, j = plate.edges
+    ends = jnp.where(plate.loss > 0, u_next[i] + u_next[j], 0) / 2
+    lengths = jnp.linalg.norm(plate.points[i] - plate.points[j], axis=1)
+    expected = conduction.BETA * jnp.sum(lengths * ends) / 2  # each edge in two directions
+    assert float(balance) == pytest.approx(float(expected), rel=1e-10)
+    perimeter = jnp.sum(jnp.where(plate.loss > 0, lengths, 0)) / 2
+    assert float(perimeter) == pytest.approx(3 + 2 * np.pi * conduction.HOLE_RADIUS, rel=0.05)
+
+
+def trained_emulator():
+    """Returns an emulator that is not the fresh one, which makes Jacobi steps."""
+    emulator = program.Emulator(jax.random.key(0), width=4, depth=2)
+    noise = lambda x: 0.05 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)
+    return jax.tree.map(lambda x: x + noise(x) if hasattr(x, "shape") else x, emulator)
+
+
+def test_the_emulator_keeps_the_wall_and_what_has_no_residual():
+    plate, u_next, u_prev, forcing = solver_step()
+    emulated = trained_emulator()(plate, u_prev, forcing)
+    assert jnp.all(emulated[plate.is_fixed] == conduction.wall_temperature(forcing))
+    assert jnp.max(jnp.abs(emulated - u_next)) > 1e-3
+
+    # A previous state for which the step changes nothing but the wall.
+    plate, u, _, forcing = sample()
+    forcing = forcing._replace(heat=jnp.float64(0), wall=jnp.float64(0), swing=jnp.float64(0))
+    assert jnp.all(trained_emulator()(plate, 0 * u, forcing) == 0)
+
+
+def test_a_fresh_emulator_makes_jacobi_steps():
+    plate, _, u_prev, forcing = sample()
+    fresh = program.Emulator(jax.random.key(0), width=4, depth=2)
+    actual = fresh(plate, u_prev, forcing, num_corrections=1)
+    start = conduction.set_wall(plate, u_prev, forcing)
+    divide = lambda plate, u, r: conduction.jacobi(plate, start, r)
+    expected = conduction.correct(divide, 1)(plate, u_prev, forcing)
+    assert np.allclose(actual, expected, atol=1e-10)
+
+
+def test_samples_and_their_series():
+    plate = conduction.make_plate(*MESH)
+    u, forcing = conduction.random_samples(plate, jax.random.key(0), 64)
+    assert u.shape == (64, len(plate.points)) and not jnp.any(diverged(u, bound=4))
+    assert jnp.mean(u) == pytest.approx(0.5, abs=0.1)
+    assert jnp.std(u) == pytest.approx(0.5, abs=0.1)
+    series = conduction.forcing_series(forcing, 3)
+    assert np.allclose(series.time, np.tile([0.01, 0.02, 0.03], (64, 1)))
+    assert jnp.all(series.heat == forcing.heat[:, None])
+
+
+def test_training_lowers_the_loss(monkeypatch):
+    """It is 1 for persistence, and is less after a few updates."""
+    plate = conduction.make_plate(*MESH)
+    losses = []
+    train = program.common.train
+
+    def spy(update, carry, keys, name):
+        def record(carry, key):
+            carry, loss = update(carry, key)
+            losses.append(float(loss))
+            return carry, loss
+
+        return train(record, carry, keys, name)
+
+    monkeypatch.setattr(program.common, "train", spy)
+    program.train_emulator(plate, jax.random.key(0), 100)
+    assert losses[-1] < 0.1 and losses[-1] < losses[0]
