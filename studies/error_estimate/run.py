@@ -80,11 +80,14 @@ def burgers_2d_problem(_):
     weights, _ = burgers_2d.train_emulator(0, 20_000)
     states = burgers_2d.initial_conditions(32, jax.random.key(3))
     tests = {"like training": (states, None), "1.5 times as large": (1.5 * states, None)}
-    tests["half the wavelength"] = (jnp.tile(states[..., ::2, ::2], (1, 1, 2, 2)), None)
+    shorter = jnp.tile(states[..., ::2, ::2], (1, 1, 2, 2))
+    # Without the waves that the residual does not see.
+    shorter = burgers_2d.to_fields(burgers_2d.to_waves(shorter))
+    tests["half the wavelength"] = (shorter, None)
     stepper, residuum_fn = Partial(burgers_2d.emulator, weights), burgers_2d.crank_nicolson
 
     def exact_step(u_prev):  # more accurate than that of the example
-        return jax.lax.fori_loop(0, 40, lambda _, u: u - residuum_fn(u, u_prev), u_prev)
+        return jax.lax.fori_loop(0, 24, lambda _, u: u - residuum_fn(u, u_prev), u_prev)
 
     return Problem(stepper, residuum_fn, exact_step, tests, 200)
 
@@ -285,15 +288,12 @@ def bad_row(name, stepper, num_steps):
         true, estimated, _ = norms(*trajectories(problem, states, None))
     true_step, estimated_step = first_above(true), first_above(estimated)
     is_bad = true_step < num_steps
-    then = np.nan_to_num(estimated[is_bad, true_step[is_bad]], nan=np.inf)
-    least = np.min(then) if then.size else ""  # where the true error passes 0.3
     return {
         "emulator": name,
         "samples": len(true),
         "above 0.3": int(np.sum(is_bad)),
         "estimated in time": int(np.sum(is_bad & (estimated_step <= true_step))),
         "largest delay, steps": int(np.max((estimated_step - true_step)[is_bad], initial=0)),
-        "least estimate then": least and f"{least:.3g}",
     }
 
 
