@@ -237,27 +237,29 @@ def solve(points, triangles, u_0, inputs):
 
 def correct(divide, num_corrections):
     """Returns a stepper that corrects its guess as the emulator does. Instead of a network, it
-    has `divide(plate, r)`: the residual divided by an approximation of the step's matrix."""
+    has `divide(plate, u, r)`: the residual divided by an approximation of the step's matrix."""
 
     def stepper(plate, u_prev, forcing):
         u = set_wall(plate, u_prev, forcing)
         for _ in range(num_corrections):
-            u -= divide(plate, residual(plate, u, u_prev, forcing))
+            u -= divide(plate, u, residual(plate, u, u_prev, forcing))
         return u
 
     return stepper
 
 
-def jacobi(plate, r):
-    """Divides by the diagonal of the step's matrix for k = 1."""
-    return r / matrix(plate, jnp.zeros_like(r))[0]
+def jacobi(plate, u, r):
+    """Divides by the diagonal of the step's matrix for k(u)."""
+    return r / matrix(plate, u)[0]
 
+
+divide_by_matrix = lambda plate, u, r: precondition(plate, r)
 
 UNTRAINED = {
     "persistence": lambda plate, u, forcing: u,
     "20 Jacobi steps": correct(jacobi, 20),
-    "1 step u − P r": correct(precondition, 1),
-    "4 steps u − P r": correct(precondition, 4),
+    "1 step u − P r": correct(divide_by_matrix, 1),
+    "4 steps u − P r": correct(divide_by_matrix, 4),
 }
 
 

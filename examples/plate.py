@@ -28,9 +28,9 @@ from residuum import residuum_loss
 
 BUFFER_SIZE, BATCH_SIZE = 64, 4
 REPORT_STEPS = (1, 10, 50)
-# The distance of nodes, and the seed of their positions. The network sees the ratio of
-# lumped mass / dt to the diagonal of the matrix. This ratio falls as the square of the distance,
-# so training needs meshes of several distances.
+# The distance of nodes, and the seed of their positions. The network sees how much mass / dt
+# contributes to the diagonal of the matrix. This share falls as the square of the distance of
+# nodes, so the emulator is trained on several distances.
 TRAINING_MESHES = [(0.05, 0), (0.04, 1), (0.03, 2)]
 MESHES = {"training mesh": (0.04, 1), "another mesh": (0.04, 0), "unseen spacing": (0.033, 2)}
 
@@ -145,7 +145,7 @@ def train_emulator(plates, key, num_updates):
 def estimated_error(emulator, plate, u_0, inputs):
     """Estimates the nRMSE `[time]` of the emulator, without a solver."""
     stepper, residuum_fn = partial(emulator, plate), partial(conduction.residual, plate)
-    divide = partial(conduction.jacobi, plate)
+    divide = partial(conduction.jacobi, plate, 0 * u_0[0])
     options = dict(num_rollout_steps=inputs.time.shape[1], solve=partial(gmres, M=divide))
     estimate = partial(estimate_error, stepper, residuum_fn, **options)
     u, errors = jax.jit(jax.vmap(estimate))(u_0, inputs)
@@ -171,8 +171,9 @@ def draw(path, plate, states, errors):
 
 def main():
     args = common.parse_options(__doc__, "assets/plate.png", updates=(1200, 60))
+    training_key = jax.random.split(jax.random.key(args.seed))[0]
     plates = [conduction.make_plate(*conduction.random_mesh(*mesh)) for mesh in TRAINING_MESHES]
-    emulator, _ = train_emulator(plates, jax.random.key(args.seed), args.updates)
+    emulator, _ = train_emulator(plates, training_key, args.updates)
 
     jax.config.update("jax_enable_x64", True)  # shows that the solver has no residual
     double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x

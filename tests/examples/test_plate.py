@@ -170,7 +170,7 @@ def test_a_fresh_emulator_makes_jacobi_steps():
     fresh = program.Emulator(jax.random.key(0), width=4, depth=2)
     actual = fresh(plate, u_prev, forcing, num_corrections=1)
     start = conduction.set_wall(plate, u_prev, forcing)
-    divide = lambda plate, r: r / conduction.matrix(plate, start)[0]
+    divide = lambda plate, u, r: conduction.jacobi(plate, start, r)
     expected = conduction.correct(divide, 1)(plate, u_prev, forcing)
     assert np.allclose(actual, expected, atol=1e-10)
 
