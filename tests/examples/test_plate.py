@@ -201,5 +201,5 @@ def test_training_lowers_the_loss(monkeypatch):
         return train(record, carry, keys, name)
 
     monkeypatch.setattr(program.common, "train", spy)
-    program.train_emulator([plate], jax.random.key(0), 100)
+    program.train_emulator(plate, jax.random.key(0), 100)
     assert losses[-1] < 0.1 and losses[-1] < losses[0]
