@@ -147,6 +147,7 @@ def estimated_error(emulator, plate, u_0, inputs):
 
 
 def draw(path, plate, states, errors):
+    """Draws one sample of solver and emulator, their difference, and errors over time."""
     figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
     n = len(errors["emulator"]) // 2
     solution, emulated = (states[name][0, n] for name in ("Newton", "emulator"))
@@ -156,13 +157,7 @@ def draw(path, plate, states, errors):
         limit = jnp.max(abs(solution))
         image = conduction.show_plate(axis, f"u, {name}, step {n}", plate, u, limit)
     figure.colorbar(image, ax=axes[2], shrink=0.8)
-    shown = (
-        "persistence",
-        "20 Jacobi steps",
-        "BiCGSTAB, 20 products",
-        "4 steps u − P r",
-        "emulator",
-    )
+    shown = "persistence", "20 Jacobi steps", "4 steps u − P r", "emulator"
     common.plot_errors(axes[3], conduction.DT, {name: errors[name] for name in shown})
     axes[3].legend(fontsize="x-small")
     common.save_figure(path, figure)

@@ -194,7 +194,6 @@ EXAMPLES = {
                     "Newton": "0.00000 0.00000 *",
                     "persistence": persistence,
                     "20 Jacobi steps": "* * *",
-                    "BiCGSTAB, 20 products": "* * *",
                     "1 step u − P r": "* * *",
                     "4 steps u − P r": "* * *",
                     "emulator": "* * *",
