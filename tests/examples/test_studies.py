@@ -25,6 +25,7 @@ from studies import train_and_tabulate
 from studies.ar_densed_burgers import run as ar_densed_burgers
 from studies.ar_densed_kuramoto_sivashinsky import run as ar_densed_kuramoto_sivashinsky
 from studies.burgers_2d import run as burgers_2d
+from studies.chemistry import run as chemistry
 from studies.error_estimate import first_guess, run as error_estimate
 from studies.gray_scott import run as gray_scott
 from studies.shallow_water import run as shallow_water
@@ -124,6 +125,8 @@ TABLES = {  # Markdown file: rows, and the function that makes the table from th
     "studies/error_estimate/first_guess": ("first_guess", first_guess.markdown),
     "studies/burgers_2d/table": ("rows", with_seeds, burgers_2d.COLUMNS),
     "studies/burgers_2d/ablation": ("ablation", with_seeds, burgers_2d.ABLATION_COLUMNS),
+    "studies/chemistry/table": ("rows", with_seeds, chemistry.ERRORS | chemistry.OTHER),
+    "studies/chemistry/work": ("work", chemistry.work_table),
     "studies/work_precision/table": ("rows", work_precision.markdown),
     "studies/which_cut/table": ("rows", which_cut.markdown),
     "benchmarks/convolutions_on_cpu/table": ("rows", convolutions_on_cpu.markdown),

@@ -646,6 +646,15 @@ def projection_is_the_exact_step(
     assert jnp.max(jnp.abs(divergence(compressible["velocity"]))) > 0.1
 
 
+@claim("recipes_problems.md#stiff-systems")
+def radau_solves_robertsons_problem(*, data, state, solver, newton_correction, **_):
+    assert residuum_loss(solver, data, newton_correction, num_rollout_steps=4) < 1e-11
+    assert residuum_loss(lambda state: state, data, newton_correction) > 0.1
+    published = jnp.array([0.7158, 9.185e-6, 0.2842])
+    chex.assert_trees_all_close(state["y"] / published, jnp.ones(3), rtol=0.004)
+    assert abs(jnp.sum(state["y"]) - 1 - 3e-5) < 1e-5
+
+
 @claim("recipes_problems.md#a-loss-relative-to-the-change-of-the-state")
 def each_sample_starts_at_a_loss_of_one(*, relative_residuum, data, **_):
     for scale in (1.0, 1e-3):
