@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from canonical_convolutions import canonical_convolutions
 from exponax import map_between_resolutions
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import machine, tables
 from studies.work_precision import problems
@@ -194,6 +195,10 @@ def draw(rows):
             axis.set(xscale="log", yscale="log", title=f"{name}, batch of {batch}")
             axis.set(xlabel="time for a step of one sample [µs]", ylabel="nRMSE")
             axis.grid(alpha=0.3, which="both")
+            for one in (axis.xaxis, axis.yaxis):
+                one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                one.set_major_formatter("{x:g}")
+                one.set_minor_formatter(NullFormatter())
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.set_layout_engine("constrained")
