@@ -65,13 +65,13 @@ def crank_nicolson(u_next, u_prev):
 
 
 def relative_residual(u_next, u_prev):
-    """Divides the residual by that of no change, so that slow samples count like fast ones."""
+    """Divides the residual by that of persistence, so slow samples count like fast ones."""
     size = jnp.sqrt(jnp.mean(crank_nicolson(u_prev, u_prev) ** 2))
     return crank_nicolson(u_next, u_prev) / jax.lax.stop_gradient(size)
 
 
 def exact_step(u_prev):
-    """Solves the residual by iteration, which converges for a time step as short as this."""
+    """Takes the exact step by iteration, which converges because the time step is short."""
     return jax.lax.fori_loop(0, 8, lambda _, u: u - crank_nicolson(u, u_prev), u_prev)
 
 
@@ -115,7 +115,7 @@ WHITENING[:-1, :-1] = np.kron(np.eye(2), whitening())
 
 
 def random_weights(key, width=32):
-    """Draws weights of both layers. One factor is 0, so the emulator starts as no change."""
+    """Draws weights of both layers. One factor is 0, so the emulator starts as persistence."""
     weights = jax.random.normal(key, (2, 2, 2 * width, len(WHITENING))) / 4
     return weights.at[:, 1].set(0)
 
@@ -130,7 +130,7 @@ def products(weights, u):
 
 def emulator(weights, u_prev):
     u = u_prev
-    for layer in weights:  # without the waves that the residual does not have
+    for layer in weights:  # without the waves that the residual drops
         u = to_fields(to_waves(u_prev + DT * products(layer, u)))
     return u
 
@@ -140,7 +140,7 @@ def emulator(weights, u_prev):
 #
 
 
-# The chance of a fresh start after each step, for mean ages of 2 to 1000 steps.
+# The probability of a fresh start in each place of the buffer: mean ages of 2 to 1000 steps.
 SHARES = 1 / np.geomspace(2, 1000, BUFFER_SIZE)
 
 

@@ -2,9 +2,9 @@
 and photolysis that follows the sun, which is passed as `inputs`.
 
 *The residual* is that of a five-minute step of the two-stage Radau IIA method, multiplied by
-the inverse of its Newton matrix. It then is, to first order, the error of the state. The first
-stage is a leaf of the state, which the next step does not read. *The emulator* is a network
-that improves a cheap scheme. Concentrations stay positive, and atoms are conserved.
+the inverse of its Newton matrix. The result is the error of the state, to first order. The
+first stage is a leaf of the state that the next step does not use. *The emulator* is a network
+that corrects a cheap scheme. Concentrations stay positive, and atoms are conserved.
 
     python examples/chemistry.py             trains and writes assets/chemistry.png
     python examples/chemistry.py --quick     the same in a minute, to see that it runs
@@ -36,8 +36,8 @@ class State(NamedTuple):
 
 
 def robust(relative_error):
-    """Computes the loss of a time level, a mean square with bounded terms. The residual itself
-    is wrong in the first step from a state far from balance: nothing is to be learned there."""
+    """Computes the loss of a time level, a mean square with bounded terms. In the first step
+    from a state far from balance, the residual itself is inaccurate: it should count little."""
     return jnp.mean(relative_error**2 / (1 + relative_error**2 / 9))
 
 
@@ -77,7 +77,7 @@ class Emulator(eqx.Module):
             hidden += jax.nn.silu(apply(layer, hidden))
         sizes = jax.lax.stop_gradient(self.error_sizes)
         outputs = [pollu.like(y, s) * apply(f, hidden) for s, f in zip(sizes, self.last)]  # noqa: B905
-        # Otherwise, what hardly changes might grow without bound over months.
+        # Without a bound, species that hardly change might grow for months.
         bound = 0.5 * jnp.abs(after - before) + 1e-4
         factors = [jnp.exp(jnp.clip(x, -bound, bound)) for x in outputs]
         return [pollu.conserve(x * factor, y) for x, factor in zip(cheap, factors, strict=True)]

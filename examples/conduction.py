@@ -32,7 +32,7 @@ DT, BETA, HOLE_RADIUS = 0.01, 1.0, 0.15
 
 def random_mesh(spacing, seed):
     """Triangulates the unit square without a disc. Returns the points `[nodes, 2]`, of which
-    those inside are random, and the triangles `[3, triangles]`."""
+    the inner ones are shifted at random, and the triangles `[3, triangles]`."""
     x = np.linspace(0, 1, round(1 / spacing) + 1)
     points = np.stack(np.meshgrid(x, x), axis=-1).reshape(-1, 2)
     is_inside = np.max(np.abs(points - 0.5), axis=1) < 0.499
@@ -137,7 +137,7 @@ def product(plate, matrix, u):
 
 def residual(plate, u_next, u_prev, forcing):
     """Computes (M / dt + K(u_next) + B) u_next − M (u_prev / dt + s), with mass M, conduction K
-    and losses B. In nodes of the wall, it is u_next − g instead."""
+    and losses B. At nodes of the wall, the residual is u_next − g."""
     load = u_prev / DT + source(plate, forcing)
     load = sum_edges(plate, plate.mass * (load[plate.edges[0]] + load[plate.edges[1]]))
     r = product(plate, matrix(plate, u_next), u_next) - load
@@ -151,15 +151,15 @@ def fix(plate, operator):
 
 
 def precondition(plate, r, tol=1e-2):
-    """Divides the residual, which must be 0 in fixed nodes, by the step's matrix for k = 1. The
-    conjugate gradients have no inverse, and JAX differentiates them by a second solve."""
+    """Divides the residual, which must be 0 at fixed nodes, by the step's matrix for k = 1.
+    Conjugate gradients need no inverse, and JAX differentiates them by a second solve."""
     diagonal, others = matrix(plate, jnp.zeros_like(r))
     operator = fix(plate, partial(product, plate, (diagonal, others)))
     return cg(operator, r, tol=tol, M=lambda x: x / diagonal)[0]
 
 
 def relative_residual(plate, u_next, u_prev, forcing):
-    """Scales the residual. Its mean square is 1 if nothing but the wall changes."""
+    """Scales the residual such that its mean square is 1 if nothing but the wall changes."""
     divided = lambda u: precondition(plate, residual(plate, u, u_prev, forcing))
     weights = jnp.sqrt(plate.lumped_mass / jnp.mean(plate.lumped_mass))
     unchanged = weights * divided(set_wall(plate, u_prev, forcing))
@@ -278,7 +278,7 @@ def relative_error(plate, u, solution):
 def compare(steppers, mesh, u_0, inputs):
     """Rolls out Newton's method and the steppers `{name: stepper}`. Returns their states, the
     errors of the steppers, and the CPU times in ms of one step of one sample, all by name. Also
-    prints the residual of the solver's states, a check of both."""
+    prints the residual of the solver's states, which checks both."""
     plate = make_plate(*mesh)
     rollouts = {"Newton": partial(solve, *mesh)}
     for name, stepper in steppers.items():

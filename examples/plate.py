@@ -3,8 +3,8 @@ plate with a hole, a moving source of heat, and a wall whose temperature changes
 
 *Source and wall* are passed as `inputs`: the parameters of their formulas, and the time. *The
 emulator* maps the residual of a guess to a correction, by messages along the edges of the mesh.
-*The loss* is that of the residual divided by a matrix, with conjugate gradients: no matrix is
-inverted. Training needs no solver. Newton's method with scikit-fem checks the residual, and
+*The loss* is that of the residual divided by a matrix. Conjugate gradients divide, so no matrix
+is inverted. Training needs no solver. Newton's method with scikit-fem checks the residual, and
 evaluates the emulator and untrained steppers, on meshes unseen in training as well.
 
     python examples/plate.py             trains and writes assets/plate.png
@@ -28,7 +28,7 @@ from residuum import residuum_loss
 
 BUFFER_SIZE, BATCH_SIZE = 64, 4
 REPORT_STEPS = (1, 10, 50)
-# The distance of nodes, and the seed of their positions.
+# The spacing of the nodes, and the seed of their positions.
 MESHES = {"training mesh": (0.04, 0), "another mesh": (0.04, 1), "finer mesh": (0.033, 2)}
 
 
@@ -95,7 +95,7 @@ def train_emulator(plate, key, num_updates):
     keys = jax.random.split(key, 3)
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_updates // 20, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
-    # Conjugate gradients return 0 for a residual that is NaN, so look at the gradient.
+    # Conjugate gradients return 0 for a residual that is NaN, so check the gradient instead.
     optimizer = optax.apply_if_finite(optimizer, num_updates)
     arrays, static = eqx.partition(Emulator(keys[0]), eqx.is_array)
 
@@ -169,7 +169,7 @@ def main():
     plate = conduction.make_plate(*conduction.random_mesh(*MESHES["training mesh"]))
     emulator, _ = train_emulator(plate, keys[0], args.updates)
 
-    jax.config.update("jax_enable_x64", True)  # shows that the solver has no residual
+    jax.config.update("jax_enable_x64", True)  # float32 would hide small residuals
     double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
     emulator = jax.tree.map(double, emulator)
     num_test, num_steps = (2, 10) if args.quick else (8, REPORT_STEPS[-1])

@@ -5,9 +5,9 @@ A state is an array `[20, ...]`; further axes are cells. Everything is written o
 species, so that each operation is vectorised over the cells, as in the code that KPP generates
 for air-quality models: a sparse Jacobian, and its LU factorisation without pivots.
 
-Of the functions here, the emulator of chemistry.py needs the residual of a Radau step, the
-correction of Newton's method, and the cheap first-order scheme that it improves.
-studies/chemistry/solvers.py makes solvers of the same parts.
+The emulator of chemistry.py needs the residual of a Radau step, the correction of Newton's
+method, and the cheap first-order scheme that it corrects. studies/chemistry/solvers.py builds
+solvers from the same functions.
 """
 
 import itertools
@@ -78,7 +78,7 @@ NEEDS_SUN = [kind == "photolysis" for *_, kind in REACTIONS]
 
 
 def stoichiometry():
-    """Returns the matrix `[species, reaction]` of molecules that a reaction makes."""
+    """Returns the matrix `[species, reaction]` of molecules made minus molecules used."""
     matrix = np.zeros((len(SPECIES), len(REACTIONS)))
     for j, (reactants, products) in enumerate(zip(REACTANTS, PRODUCTS, strict=True)):
         np.add.at(matrix[:, j], products, 1)
@@ -138,7 +138,8 @@ class Day(NamedTuple):
 
 
 def sun(day, delay=0.0):
-    """Returns the strength of photolysis, which is 1 in the zenith, at a `delay` in minutes."""
+    """Returns the strength of photolysis after a `delay` in minutes. It is 1 for the sun in the
+    zenith."""
     angle = 2 * jnp.pi * (day.minute + delay) / 1440
     elevation = day.mean - day.swing * jnp.cos(angle)
     is_day = elevation > 0.01
@@ -153,7 +154,7 @@ def sun(day, delay=0.0):
 
 
 def add(terms):
-    """Adds `[(number, array)]`."""
+    """Returns the sum of number · array over `[(number, array)]`."""
     total = None
     for number, x in terms:
         term = x if abs(number) == 1 else abs(number) * x
@@ -197,7 +198,7 @@ def jacobian(y, light):
 
 
 #
-# Sparse linear systems, without pivots: the diagonal of the matrices 1/(γh) − ∂f/∂y dominates
+# Sparse linear systems. No pivoting is needed: the diagonal of 1/(γh) − ∂f/∂y dominates
 #
 
 
@@ -301,7 +302,7 @@ def relative_error(stages, y, day):
     relative to the concentrations."""
     correction = newton_correction(radau_residual(stages, y, day), stages, day)
     # With a constant Newton matrix, the derivative of the correction by the stages is the
-    # identity. So no gradient has to pass through the solution of the linear system.
+    # identity. No gradient then has to pass through the solution of the linear system.
     constant = jax.lax.stop_gradient
     correction = constant(correction) + stages - constant(stages)
     return correction / constant(stages + like(y, FLOOR))
@@ -309,7 +310,7 @@ def relative_error(stages, y, day):
 
 #
 # Euler backward iterative (EBI), the first-order scheme of Hertel et al. (1993): sweeps over
-# groups of species that are solved exactly, with all others as they are at the moment
+# groups of species that are solved exactly, with the latest values of all others
 #
 
 GROUPS = (["O1D"], ["O3P"], ["HO2", "OH"], ["NO3", "N2O5"], ["C2O3", "PAN"], ["MEO2"], ["CH3O"],
@@ -320,7 +321,7 @@ NO2_LIGHT, NO_O3, O3P_O3, TO_N2O5, FROM_N2O5 = 0, 1, 14, 23, 24  # indices of re
 
 def euler_backward(y, light, h=DT, num_sweeps=2, guess=None):
     """Advances `[20, ...]` by h minutes. The result is positive, but mass is conserved only
-    after many sweeps. They start from y, or from a guess."""
+    after many sweeps. The sweeps start from y, or from a guess."""
     u = list(y if guess is None else guess)
     solvers = {1: _solve_one, 2: _solve_two, 3: _solve_nitrogen_oxides_and_ozone}
     for groups in num_sweeps * [GROUPS] + [AT_THE_END]:
@@ -380,12 +381,12 @@ def _solve_nitrogen_oxides_and_ozone(indices, y, u, light, h):
         skip = (NO2_LIGHT, NO_O3, O3P_O3, TO_N2O5, FROM_N2O5)
         gain, loss, _ = gain_and_loss(i, u, light, skip=skip)
         right[i], divisors[i] = y[i] + h * gain, 1 + h * loss
-    # N2O5 and NO3 are in balance. Of the NO2 that they exchange, only the difference counts.
+    # N2O5 and NO3 are in balance. Only the net amount of NO2 that they exchange counts.
     n2o5 = SPECIES.index("N2O5")
     taken = u[n2o5] - y[n2o5]
     right[no2] = right[no2] - jnp.minimum(taken, 0.0)
     divisors[no2] = divisors[no2] + jnp.maximum(taken, 0.0) / jnp.maximum(u[no2], 1e-20)
-    # O3P turns into O3 at once, whatever made it; what NO2 makes is part of the balance.
+    # O3P turns into O3 at once. The O3P that NO2 makes is part of the balance below.
     other_o3p, _, _ = gain_and_loss(SPECIES.index("O3P"), u, light, skip=(NO2_LIGHT,))
     right[o3] = right[o3] + h * other_o3p
     a, b = split / divisors[no2], join / (divisors[no] * divisors[o3])
@@ -393,7 +394,7 @@ def _solve_nitrogen_oxides_and_ozone(indices, y, u, light, h):
     c = b * right[no] * right[o3] - a * right[no2]
     made = 2 * c / (q + jnp.sqrt(jnp.maximum(q * q - 4 * b * c, 0.0)))
     x_no2 = jnp.maximum(right[no2] + made, 1e-6 * right[no2]) / divisors[no2]
-    # A difference is inaccurate for the rarer one of NO and O3, and its balance is not.
+    # For the rarer one of NO and O3, a difference is inaccurate. Its balance is accurate.
     balance = lambda i, other: (right[i] + split * x_no2) / (divisors[i] + join * other)
     more_no = right[no] > right[o3]
     common = jnp.where(more_no, right[no] - made, right[o3] - made)

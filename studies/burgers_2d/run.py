@@ -1,8 +1,8 @@
-"""Evaluates the emulator of examples/burgers_2d.py, and changes one thing at a time.
+"""Evaluates the emulator of examples/burgers_2d.py, and changes one choice at a time.
 
-The errors are relative to a finer solver and to the exact step of the residual. The test set of
-8 initial conditions serves the rows of the first command only. The second command uses other
-initial conditions, fewer updates, and the exact step as its reference.
+The first command measures errors against a finer solver and against the exact step of the
+residual, on a test set of 8 initial conditions that only this command uses. The second command
+uses other initial conditions, fewer updates, and only the exact step as its reference.
 
     python -m studies.burgers_2d.run --seed 0 1 2     median, least and most
     python -m studies.burgers_2d.run --ablation       one change at a time
@@ -42,7 +42,7 @@ def network(key):
 
 
 def without_whitening(key):
-    """Starts from the same random weights, but of neighbours as they are."""
+    """Applies the same random weights to neighbours that are not whitened."""
 
     def step(weights, u):
         return burgers_2d.emulator(weights @ np.linalg.inv(WHITENING), u)
@@ -62,7 +62,7 @@ def without_low_pass(key):
 
 def near_whitening():
     """Returns the matrix that whitens the neighbours up to two cells away among themselves. Its
-    columns for the more distant ones are zero, `[19, 35]`."""
+    shape is `[19, 35]`; the columns for more distant neighbours are zero."""
     is_near = np.max(np.abs(burgers_2d.OFFSETS), axis=1) <= 2
     is_used = np.concatenate([is_near, is_near, [True]])
     matrix = np.zeros((np.sum(is_used), len(is_used)))
@@ -99,7 +99,7 @@ class ConvNet(eqx.Module):
 
 
 def scaled_residual(u_next, u_prev):
-    """Divides all samples by the same number instead of their own size of change."""
+    """Divides the residuals of all samples by the same number, not by that of persistence."""
     return burgers_2d.crank_nicolson(u_next, u_prev) / 0.005
 
 
@@ -169,7 +169,7 @@ def train(case):
 
 
 class Tests(NamedTuple):
-    """States that training has not seen, and the trajectories to compare with."""
+    """Holds states that are unseen in training, and the trajectories to compare with."""
 
     states: jax.Array
     num_steps: int
@@ -189,7 +189,7 @@ def make_tests(seed, num_samples, num_steps, *, with_solver):
 
 
 def error_columns(trajectory, tests):
-    """Mean errors over the samples, and the worst sample, `inf` where it is not finite."""
+    """Returns the mean and the largest error of the samples, or `inf` if a sample diverged."""
     norm = lambda u: np.linalg.norm(np.asarray(u).reshape(*u.shape[:2], -1), axis=2)
     columns = {}
     for name, reference in {"finer": tests.finer, "exact": tests.exact}.items():
@@ -207,8 +207,8 @@ ESTIMATE = ("estimate_least", "estimate_largest", "gain_least")
 
 
 def estimate_columns(stepper, tests):
-    """Least and largest ratio of the estimated and the true error, and the least ratio of the
-    error and the corrected error, over samples and steps."""
+    """Returns the least and the largest ratio of the estimated to the true error, and the least
+    ratio of the error to the corrected error, over all samples and steps."""
     estimate = partial(
         estimate_error,
         stepper,

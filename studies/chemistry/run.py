@@ -183,7 +183,8 @@ def work_table(rows):
 
 
 def accuracy_row(model, seed, step, args, expected, num_steps, training):
-    """Returns the errors of all species, and what becomes of 1000 cells in 30 days."""
+    """Returns the errors of eight species after 1 and 24 hours, the number of 1000 cells that
+    diverge in 30 days, and the largest relative change of their atoms."""
     y, days = test_cells()
     row = {"model": model, "seed": seed}
     for text, n in (("1_h", HOUR), ("24_h", num_steps)):

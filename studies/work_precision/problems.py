@@ -1,4 +1,4 @@
-"""The problems of the study, each with the methods that compete in it.
+"""Defines the problems of the study, each with the methods that compete in it.
 
 A method advances a state of one sample by one time step: `step(u_prev, before, inputs_t)`. Here
 `before` is the state before `u_prev`. All methods compute in float32, as the emulators do.
@@ -93,8 +93,8 @@ def without_inputs(stepper):
 
 
 def spectral_methods(stepper, slope, residuum_fn, exponential, dt, num_points):
-    """The methods for a periodic problem. `exponential(num_points, order, num_substeps)` makes
-    a stepper of exponax."""
+    """Returns the methods for a periodic problem. `exponential(num_points, order,
+    num_substeps)` makes a stepper of exponax."""
     methods = [Method(EMULATOR, "", without_inputs(stepper))]
     improvements = {f"{k} iterations": iterations(residuum_fn, k) for k in (1, 2)}
     improvements["Newton, 4 GMRES"] = newton(residuum_fn, 4)
@@ -161,7 +161,7 @@ def burgers_problem(quick):
 
 
 def resolved(solver, states, num_points, num_steps):
-    """The last state of a solver on a finer grid, at the points of the coarser one."""
+    """Returns the last state of a solver on a finer grid, at the points of the coarser grid."""
     finer = jax.vmap(partial(ex.map_between_resolutions, new_num_points=num_points))(states)
     last = ex.repeat(solver, num_steps)
     solution = jax.jit(lambda states: jax.lax.map(last, states))(finer)
@@ -170,7 +170,7 @@ def resolved(solver, states, num_points, num_steps):
 
 
 def burgers_2d_problem(num_points, num_steps, num_updates, quick):
-    """The emulator of examples/burgers_2d.py, trained on a grid of `num_points`²."""
+    """Trains the emulator of examples/burgers_2d.py on a grid of `num_points`² points."""
     recipe = burgers_2d_study.Recipe()
     keys = jax.random.split(jax.random.key(0), 3)
     initial_conditions = partial(burgers_2d.initial_conditions, num_points=num_points)

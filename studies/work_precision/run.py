@@ -1,12 +1,12 @@
-"""Work against precision: what does it cost, by which method, to reach which error?
+"""Work against precision: how long does each method take to reach a given error?
 
 For each problem, the emulator competes with what a practitioner would try first: explicit and
-exponential Runge–Kutta methods with as many substeps as they need, the same on a coarser grid,
-and the implicit step with a few iterations, from persistence or from extrapolation. One
-iteration from persistence is the preconditioner as a stepper. McGreivy and Hakim
+exponential Runge–Kutta methods with different numbers of substeps, exponential ones also on a
+coarser grid, and the implicit step with a few iterations, from persistence or extrapolation.
+One iteration from persistence is the preconditioner as a stepper. McGreivy and Hakim
 (doi.org/10.1038/s42256-024-00897-5) found that most comparisons of emulators with solvers have
-baselines that are too weak; so the rule here is theirs: compare at equal accuracy or at equal
-time, with the best method of all.
+baselines that are too weak. This study follows their rules: compare at equal accuracy or at
+equal time, with the best method of all.
 
 The error is the nRMSE at a fixed time against a resolved solution of the *equation*, as a mean
 over 64 unseen samples, or 16 for Burgers in 2D. The time is that of a step of one sample, on
@@ -62,8 +62,8 @@ def last_states(method, num_steps, batched=jax.vmap):
 
 
 def one_by_one(of_one):
-    """Like `jax.vmap`, but without parallel samples: on a CPU, these need more memory than its
-    caches have."""
+    """Maps like `jax.vmap`, but over one sample after the other. On a CPU, all samples at once
+    may not fit into the caches."""
     return lambda states, inputs: jax.lax.map(lambda x: of_one(*x), (states, inputs))
 
 
@@ -74,7 +74,7 @@ def resample(states, num_points):
 
 
 def error(method, problem):
-    """The mean nRMSE over the samples, and the largest."""
+    """Returns the mean nRMSE over the samples, and the largest."""
     states = resample(problem.states, method.num_points)
     last = last_states(method, problem.num_steps)(states, problem.inputs)
     if method.num_points:
@@ -87,8 +87,8 @@ def error(method, problem):
 
 
 def times(methods, problem, batch_size, num_runs):
-    """Seconds for a step of one sample by each method, measured in turns. A batch takes the
-    faster of two ways: all samples at once, or one after the other."""
+    """Returns the seconds for a step of one sample by each method, measured in turns. For a
+    batch, the faster of two ways counts: all samples at once, or one after the other."""
     num_steps = TIMED_STEPS[batch_size]
     samples = np.arange(batch_size) % len(problem.reference)
     inputs = jax.tree.map(lambda x: x[samples, :num_steps], problem.inputs)
@@ -108,7 +108,7 @@ def times(methods, problem, batch_size, num_runs):
 
 def make_rows(name, problem, quick):
     errors = [error(method, problem) for method in problem.methods]
-    # Methods that diverge, or are no better than 100 %, are not timed.
+    # Methods that diverge, or have an error of 100 % or more, are not timed.
     kept = [i for i, (mean, _) in enumerate(errors) if quick or mean < 1]
     methods = [problem.methods[i] for i in kept]
     seconds = [
@@ -128,7 +128,7 @@ def make_rows(name, problem, quick):
 
 
 def pareto(rows, column):
-    """The rows that no other row beats in both error and time, from fast to accurate."""
+    """Returns the rows that no other row beats in error and time, from fast to accurate."""
     front = []
     for row in sorted(rows, key=lambda row: float(row[column])):
         if not front or float(row["error"]) < float(front[-1]["error"]):
@@ -137,7 +137,7 @@ def pareto(rows, column):
 
 
 def best_without_emulator(rows, column, limit):
-    """The fastest row without an emulator whose error is below the limit, or `None`."""
+    """Returns the fastest row without an emulator, with an error up to the limit, or `None`."""
     fast = [
         row
         for row in rows
@@ -148,7 +148,8 @@ def best_without_emulator(rows, column, limit):
 
 
 def markdown(rows):
-    """For each problem and batch: the emulator, and the fastest method that is as accurate."""
+    """Returns a table with a line for each problem and batch: the emulator, and the fastest
+    other method that is as accurate."""
     lines = []
     for name in dict.fromkeys(row["problem"] for row in rows):
         of_problem = [row for row in rows if row["problem"] == name]
@@ -171,7 +172,7 @@ def markdown(rows):
 
 
 def draw(rows):
-    """One row of plots for each problem, one column for each batch size."""
+    """Draws one row of plots for each problem, and one column for each batch size."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
     size = (11, 3.6 * len(names))
     figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False)
