@@ -197,7 +197,6 @@ EXAMPLES = {
                     "1 step u − P r": "* * *",
                     "4 steps u − P r": "* * *",
                     "emulator": "* * *",
-                    "6 corrections, not 4": "* * *",
                     "estimated error": "* *",
                 },
             )
@@ -223,7 +222,7 @@ EXAMPLES["burgers_2d"] = Example(
         )
     ],
     aspect=13 / 3,
-    colors=common.COLORS[:4],
+    colors=common.COLORS[1:2],
     line="Loss of the solver's states: .e-.., of persistence: 1",
 )
 NOT_PROGRAMS = {"basin", "canonical_convolutions", "common", "conduction", "launcher", "pollu"}
