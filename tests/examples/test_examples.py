@@ -203,7 +203,7 @@ EXAMPLES = {
             for mesh, persistence in UNSEEN_PLATES.items()
         ],
         aspect=13 / 3,
-        colors=common.COLORS,
+        colors=common.COLORS[:4],
         line=r"Largest residual of the solver: \de-1[456]",
     ),
 }
