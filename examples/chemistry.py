@@ -10,6 +10,7 @@ that corrects a cheap scheme. Concentrations stay positive, and atoms are conser
     python examples/chemistry.py --quick     the same in a minute, to see that it runs
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import common
@@ -122,7 +123,7 @@ def train_emulator(seed, num_updates, **options):
     rate = optax.warmup_cosine_decay_schedule(0, 2e-3, num_updates // 20, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     shares = jnp.geomspace(0.05, 1e-3, BUFFER_SIZE)
-    loss_options = dict(time_level_loss=robust, has_aux=True)
+    loss_of = partial(residuum_loss, time_level_loss=robust, has_aux=True)
 
     def residuum_fn(u_next, u_prev, day):
         stages = jnp.stack([u_next.stage, u_next.y])
@@ -133,10 +134,7 @@ def train_emulator(seed, num_updates, **options):
         sample_key, fresh_key, replay_key = jax.random.split(key, 3)
         samples, (states, days) = sample(buffer, BATCH_SIZE, sample_key)
         data, inputs = jax.tree.map(lambda x: x[:, None], (states, days))  # one step
-
-        def loss_fn(emulator):
-            return residuum_loss(emulator, data, residuum_fn, inputs=inputs, **loss_options)
-
+        loss_fn = lambda emulator: loss_of(emulator, data, residuum_fn, inputs=inputs)
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(emulator)
         updates, opt_state = optimizer.update(grads, opt_state)
         last, fresh = rollout.final_state, fresh_samples(fresh_key, BATCH_SIZE)

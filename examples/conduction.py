@@ -63,8 +63,8 @@ class Plate(NamedTuple):
 
 def make_plate(points, triangles):
     """Integrates products of hat functions, and of their gradients, over the triangles."""
-    pairs = [np.stack([triangles, np.roll(triangles, n, axis=0)]) for n in (1, 2)]
-    pairs = np.concatenate(pairs, axis=1)  # [2, 6, triangles]
+    both_ways = [np.stack([triangles, np.roll(triangles, n, axis=0)]) for n in (1, 2)]
+    pairs = np.concatenate(both_ways, axis=1)  # [2, 6, triangles]
     edges, sides = np.unique(pairs.reshape(2, -1), axis=1, return_inverse=True)
     sides = sides.reshape(pairs.shape[1:])
     corners = points[triangles.sum(axis=0) - pairs.sum(axis=0)]  # opposite to the sides
@@ -82,8 +82,8 @@ def make_plate(points, triangles):
 
 def sum_edges(plate, x):
     """Sums numbers or vectors of edges (i, j) over the neighbours j of each node i."""
-    options = dict(num_segments=len(plate.points), indices_are_sorted=True)
-    return jax.ops.segment_sum(x, plate.edges[0], **options)
+    num_nodes = len(plate.points)
+    return jax.ops.segment_sum(x, plate.edges[0], num_nodes, indices_are_sorted=True)
 
 
 #
@@ -280,7 +280,7 @@ def compare(steppers, mesh, u_0, inputs):
     errors of the steppers, and the CPU times in ms of one step of one sample, all by name. Also
     prints the residual of the solver's states, which checks both."""
     plate = make_plate(*mesh)
-    rollouts = {"Newton": partial(solve, *mesh)}
+    rollouts: dict = {"Newton": partial(solve, *mesh)}
     for name, stepper in steppers.items():
         batch = jax.jit(jax.vmap(partial(rollout, stepper, plate)))
         rollouts[name] = batch.lower(u_0, inputs).compile()

@@ -187,7 +187,7 @@ def tendency(y, light):
 
 def jacobian(y, light):
     """Returns the entries of ∂(dy/dt)/∂y that are not always 0, as `{(row, column): array}`."""
-    terms = {}
+    terms: dict = {}
     for j, (k, reactants) in enumerate(zip(rate_constants(light), REACTANTS, strict=True)):
         for place, column in enumerate(reactants):
             others = [y[i] for i in reactants[:place] + reactants[place + 1 :]]
@@ -209,7 +209,7 @@ def elimination_order(pattern, size):
         rows = {p: [i for i in left - {p} if (i, p) in pattern] for p in left}
         columns = {p: [j for j in left - {p} if (p, j) in pattern] for p in left}
         costs = {p: len(rows[p]) * len(columns[p]) for p in sorted(left)}
-        pivot = min(costs, key=costs.get)
+        pivot = min(costs, key=lambda p: costs[p])
         order.append(pivot)
         left.remove(pivot)
         pattern |= set(itertools.product(rows[pivot], columns[pivot]))

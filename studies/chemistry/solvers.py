@@ -8,7 +8,6 @@ light is constant during a step, as in air-quality models.
 from functools import partial
 from typing import NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,12 +134,15 @@ def qssa(y, day, h):
 #
 
 
-def diffrax_step(solver, rtol, y, day, h):
+def diffrax_step(name, rtol, y, day, h):
+    """Advances cells by a solver of diffrax, which only this function needs."""
+    import diffrax
+
     def of_cell(y, day):
         field = lambda t, y, _: jnp.stack(pollu.tendency(y, pollu.sun(day, t)))
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            solver,
+            getattr(diffrax, name)(),
             0.0,
             h,
             h / 20,
