@@ -75,9 +75,9 @@ def exact_step(u_prev):
     return jax.lax.fori_loop(0, 8, lambda _, u: u - crank_nicolson(u, u_prev), u_prev)
 
 
-def solver(num_points, num_substeps):
+def solver(num_points, num_substeps, order=4):
     """Returns an independent solver, an exponential Runge–Kutta method of exponax."""
-    options = dict(diffusivity=VISCOSITY, order=4, dealiasing_fraction=11 / 16)
+    options = dict(diffusivity=VISCOSITY, order=order, dealiasing_fraction=11 / 16)
     step = ex.stepper.Burgers(2, 1.0, num_points, DT / num_substeps, **options)
     return ex.RepeatedStepper(step, num_substeps)
 

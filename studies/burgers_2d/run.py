@@ -136,21 +136,21 @@ ABLATION = {
 }
 
 
-def train(case):
+def train(case, initial_conditions=burgers_2d.initial_conditions):
     """Trains a case (model, recipe, seed, number of updates). Returns the stepper and the
     training time in seconds."""
     model, recipe, seed, num_updates = case
     keys = jax.random.split(jax.random.key(seed), 3)
     loss_fn = train_and_tabulate.on_replayed_states(
         recipe.residuum_fn,
-        burgers_2d.initial_conditions,
+        initial_conditions,
         batch_size=recipe.batch_size,
         fresh_share=jnp.asarray(recipe.shares),
         bound=5,
         num_rollout_steps=recipe.num_rollout_steps,
         cuts=recipe.cuts,
     )
-    buffer = burgers_2d.initial_conditions(burgers_2d.BUFFER_SIZE, keys[1])
+    buffer = initial_conditions(burgers_2d.BUFFER_SIZE, keys[1])
     stepper, seconds = common.minimise(
         model,
         recipe.make_stepper(keys[0]),

@@ -30,7 +30,7 @@ from studies.chemistry import solvers
 
 NUM_CELLS, NUM_TEST = 1000, 64
 HOUR, MONTH, TIMED_STEPS = 12, 30 * 288, 12
-OURS, CHEAP, QUICK = "emulator", "scheme that it improves", "EBI, 2 sweeps"
+OURS, CHEAP, QUICK = "emulator", "scheme that it corrects", "EBI, 2 sweeps"
 SUBSTEPS = {"QSSA": (50, 200)}
 KVAERNO = {"Kvaerno3": 1e-1, "Kvaerno5": 1e-1}  # and their relative tolerances
 THRESHOLD, SWITCH_SOLVER, SWITCH_SUBSTEPS = 0.02, "EBI, extrapolated", 4

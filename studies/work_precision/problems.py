@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import basin
 import burgers
 import burgers_2d
-import common
 import exponax as ex
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,8 @@ import numpy as np
 import shallow_water
 from error_estimate import gmres
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import Partial
 
 from residuum import residuum_loss
-from studies import train_and_tabulate
 from studies.burgers_2d import run as burgers_2d_study
 
 
@@ -169,39 +166,14 @@ def resolved(solver, states, num_points, num_steps):
     return np.asarray(solution[(..., *[slice(None, None, stride)] * (states.ndim - 2))])
 
 
-def burgers_2d_problem(num_points, num_steps, num_updates, quick):
+def burgers_2d_problem(num_points, num_steps, num_updates, _):
     """Trains the emulator of examples/burgers_2d.py on a grid of `num_points`² points."""
-    recipe = burgers_2d_study.Recipe()
-    keys = jax.random.split(jax.random.key(0), 3)
     initial_conditions = partial(burgers_2d.initial_conditions, num_points=num_points)
-    loss_fn = train_and_tabulate.on_replayed_states(
-        recipe.residuum_fn,
-        initial_conditions,
-        batch_size=1,
-        fresh_share=jnp.asarray(recipe.shares),
-        bound=5,
-    )
-    stepper, _ = common.minimise(
-        f"{num_points}²",
-        Partial(burgers_2d.emulator, burgers_2d.random_weights(keys[0])),
-        loss_fn,
-        initial_conditions(burgers_2d.BUFFER_SIZE, keys[1]),
-        keys[2],
-        num_updates=20 if quick else num_updates,
-        learning_rate=recipe.learning_rate,
-    )
+    case = f"{num_points}²", burgers_2d_study.Recipe(), 0, num_updates
+    stepper, _ = burgers_2d_study.train(case, initial_conditions)
 
     def exponential(num_points, order, num_substeps):
-        step = ex.stepper.Burgers(
-            2,
-            1.0,
-            num_points,
-            burgers_2d.DT / num_substeps,
-            diffusivity=burgers_2d.VISCOSITY,
-            order=order,
-            dealiasing_fraction=11 / 16,
-        )
-        return ex.RepeatedStepper(step, num_substeps)
+        return burgers_2d.solver(num_points, num_substeps, order)
 
     slope = lambda u: burgers_2d.to_fields(burgers_2d.slope(u))
     states, finer = initial_conditions(16, jax.random.key(2000)), 2 * num_points
@@ -222,8 +194,8 @@ def burgers_2d_problem(num_points, num_steps, num_updates, quick):
 #
 
 
-def basin_problem(quick):
-    emulator, _ = shallow_water.train_emulator(0, 20 if quick else 3200)
+def basin_problem(_):
+    emulator, _ = shallow_water.train_emulator(0, 3200)
     residuum_fn = shallow_water.scaled_residual
 
     def gmres_iterations(guess, k):
