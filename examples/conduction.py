@@ -168,6 +168,61 @@ def relative_residual(plate, u_next, u_prev, forcing):
 
 
 #
+# Corrections by the residual
+#
+# A preconditioner is a function of the plate, the state u and its matrix. It returns a function
+# that divides a residual by an approximation of the matrix.
+#
+
+
+def jacobi(plate, u, matrix):
+    """Divides by the diagonal."""
+    return lambda r: r / matrix[0]
+
+
+def conjugate_gradients(plate, u, matrix):
+    """Divides by the matrix for k = 1, up to a tolerance of 1 %."""
+    return partial(precondition, plate)
+
+
+def flexible_gmres(preconditioner, num_corrections):
+    """Returns a stepper that starts from the last state, and corrects it several times.
+
+    A correction is the combination of all preconditioned residuals so far that makes the
+    residual as small as possible (flexible GMRES, doi.org/10.1137/0914028). A preconditioner
+    that is far from the inverse makes this slow. But the residual cannot grow, except because
+    the matrix changes with u.
+    """
+
+    def stepper(plate, u_prev, forcing):
+        start = set_wall(plate, u_prev, forcing)
+        diagonal, others = matrix(plate, start)
+        divide = preconditioner(plate, start, (diagonal, others))
+        inner_product = lambda x, y: jnp.sum(x * y / diagonal, axis=-1)
+        free = ~plate.is_fixed
+
+        def correct(carry, n):
+            u, directions, products = carry  # [nodes], [num_corrections, nodes] and the same
+            r = residual(plate, u, u_prev, forcing)
+            direction = free * divide(r)
+            image = free * product(plate, (diagonal, others), direction)
+            # Make the image orthogonal to the earlier ones, of which those to come are 0.
+            shares = inner_product(products, image)
+            direction -= shares @ directions
+            image -= shares @ products
+            length = jnp.sqrt(inner_product(image, image) + 1e-16)  # not 0, if r is 0
+            directions = directions.at[n].set(direction / length)
+            products = products.at[n].set(image / length)
+            return (u - inner_product(products, r) @ directions, directions, products), None
+
+        nothing = jnp.zeros((num_corrections, *start.shape), start.dtype)
+        carry, steps = (start, nothing, nothing), jnp.arange(num_corrections)
+        return jax.lax.scan(correct, carry, steps)[0][0]
+
+    return stepper
+
+
+#
 # Random states and forcings
 #
 
@@ -235,31 +290,26 @@ def solve(points, triangles, u_0, inputs):
     return np.stack(states, axis=1)
 
 
-def correct(divide, num_corrections):
-    """Returns a stepper that corrects its guess as the emulator does. Instead of a network, it
-    has `divide(plate, u, r)`: the residual divided by an approximation of the step's matrix."""
+def repeat(preconditioner, num_corrections):
+    """Returns a stepper that subtracts the preconditioned residual several times."""
 
     def stepper(plate, u_prev, forcing):
         u = set_wall(plate, u_prev, forcing)
+        divide = preconditioner(plate, u, matrix(plate, u))
         for _ in range(num_corrections):
-            u -= divide(plate, u, residual(plate, u, u_prev, forcing))
+            u -= divide(residual(plate, u, u_prev, forcing))
         return u
 
     return stepper
 
 
-def jacobi(plate, u, r):
-    """Divides by the diagonal of the step's matrix for k(u)."""
-    return r / matrix(plate, u)[0]
-
-
-divide_by_matrix = lambda plate, u, r: precondition(plate, r)
-
 UNTRAINED = {
     "persistence": lambda plate, u, forcing: u,
-    "20 Jacobi steps": correct(jacobi, 20),
-    "1 step u − P r": correct(divide_by_matrix, 1),
-    "4 steps u − P r": correct(divide_by_matrix, 4),
+    "20 Jacobi steps": repeat(jacobi, 20),
+    "4 steps of GMRES, Jacobi": flexible_gmres(jacobi, 4),
+    "20 steps of GMRES, Jacobi": flexible_gmres(jacobi, 20),
+    "1 step u − P r": repeat(conjugate_gradients, 1),
+    "4 steps u − P r": repeat(conjugate_gradients, 4),
 }
 
 

@@ -165,14 +165,57 @@ def test_the_emulator_keeps_the_wall_and_what_has_no_residual():
     assert jnp.all(trained_emulator()(plate, 0 * u, forcing) == 0)
 
 
-def test_a_fresh_emulator_makes_jacobi_steps():
+def test_a_fresh_emulator_is_gmres_with_jacobi():
     plate, _, u_prev, forcing = sample()
     fresh = program.Emulator(jax.random.key(0), width=4, depth=2)
-    actual = fresh(plate, u_prev, forcing, num_corrections=1)
+    actual = fresh(plate, u_prev, forcing, num_corrections=3)
+    by_jacobi = conduction.flexible_gmres(conduction.jacobi, 3)
+    assert np.allclose(actual, by_jacobi(plate, u_prev, forcing), atol=1e-10)
+
+
+def nearly_linear_step():
+    """Returns a plate, a state so small that k = 1, a forcing of 0, and the residual's norm."""
+    plate, _, u_prev, forcing = sample()
+    forcing = jax.tree.map(jnp.zeros_like, forcing)
+    diagonal, _ = conduction.matrix(plate, 0 * u_prev)
+
+    def norm(u):
+        r = conduction.residual(plate, u, 1e-5 * u_prev, forcing)
+        return jnp.sqrt(jnp.sum(r**2 / diagonal))
+
+    return plate, 1e-5 * u_prev, forcing, norm
+
+
+def test_gmres_minimises_the_residual_over_all_directions():
+    """The Krylov space of Jacobi's method is spanned by powers of the preconditioned matrix."""
+    plate, u_prev, forcing, norm = nearly_linear_step()
     start = conduction.set_wall(plate, u_prev, forcing)
-    divide = lambda plate, u, r: conduction.jacobi(plate, start, r)
-    expected = conduction.correct(divide, 1)(plate, u_prev, forcing)
-    assert np.allclose(actual, expected, atol=1e-10)
+    diagonal, others = conduction.matrix(plate, 0 * u_prev)
+    free = ~plate.is_fixed
+    vectors = [free * conduction.residual(plate, start, u_prev, forcing) / diagonal]
+    for _ in range(3):
+        image = conduction.product(plate, (diagonal, others), vectors[-1])
+        vectors.append(free * image / diagonal)
+    image = lambda v: free * conduction.product(plate, (diagonal, others), v) / diagonal**0.5
+    images = jnp.stack([image(v) for v in vectors], axis=1)
+    r = conduction.residual(plate, start, u_prev, forcing) / diagonal**0.5
+    smallest = jnp.linalg.norm(r - images @ jnp.linalg.lstsq(images, r)[0])
+    by_gmres = conduction.flexible_gmres(conduction.jacobi, 4)(plate, u_prev, forcing)
+    assert float(norm(by_gmres)) == pytest.approx(float(smallest), rel=1e-3)
+
+
+def test_gmres_cannot_diverge():
+    """A preconditioner that makes Jacobi's method diverge only makes GMRES slow."""
+    plate, u_prev, forcing, norm = nearly_linear_step()
+    hostile = lambda plate, u, matrix: lambda r: -10 * r / matrix[0] ** 2
+    start = norm(conduction.set_wall(plate, u_prev, forcing))
+    by_repetition = conduction.repeat(hostile, 6)(plate, u_prev, forcing)
+    assert norm(by_repetition) > 100 * start
+    norms = [
+        norm(conduction.flexible_gmres(hostile, n)(plate, u_prev, forcing)) for n in range(1, 7)
+    ]
+    assert np.all(np.diff([start, *norms]) <= 1e-6 * start)
+    assert norms[-1] < 0.5 * start
 
 
 def test_samples_and_their_series():
