@@ -295,8 +295,8 @@ def repeat(preconditioner, num_corrections):
 
     def stepper(plate, u_prev, forcing):
         u = set_wall(plate, u_prev, forcing)
-        divide = preconditioner(plate, u, matrix(plate, u))
         for _ in range(num_corrections):
+            divide = preconditioner(plate, u, matrix(plate, u))
             u -= divide(residual(plate, u, u_prev, forcing))
         return u
 
