@@ -179,7 +179,7 @@ def work_table(rows):
 
 
 def accuracy_row(model, seed, step, args, expected, num_steps, training):
-    """Returns the errors of eight species after 1 and 24 hours, the largest of them over several
+    """Returns the errors of eight species after 1 and 24 hours, the largest of them in several
     sets of cells, how many of 1000 cells diverge in 30 days, and the largest relative change of
     their atoms."""
     y, days = test_cells()
