@@ -189,6 +189,8 @@ def an_emulator_is_judged_without_reference_trajectories(
     assert abs(estimated / true - 1) < 0.05 and true == pytest.approx(0.066, rel=0.03)
     assert corrected < true / 6
     assert after_correction < 2e-5
+    counts = [names["counts"][name] for name in ("Runge–Kutta", "P twice", "network", "Newton")]
+    assert counts == pytest.approx([197, 177, 2990, 5420], rel=0.05)
     nrmse_over_time = names["nrmse_over_time"]
     assert nrmse_over_time.shape == (8, 50)
     assert jnp.median(nrmse_over_time[:, -1]) == pytest.approx(0.048, rel=0.05)
@@ -671,6 +673,26 @@ def recipe_opens_one_level_after_the_other(*, history, update, emulate, data, **
     assert_close_to(weights, expected)
     # The update uses the weights.
     assert jnp.any(new_kernel != update(kernel, weights, eps)[0])
+
+
+@claim("recipes_training.md#a-buffer-with-a-forcing")
+def recipe_of_a_buffer_with_a_forcing_is_one_long_rollout(
+    *, data, samples, rollout, force, forced_residuum, emulate, kernel, **_
+):
+    start = {"time": jnp.zeros(64), "phase": samples["phase"]}
+    later = [start | {"time": jnp.full(64, time)} for time in (0, 0.5, 1)]
+    _, long = residuum_loss(
+        lambda u, force: emulate(kernel, u) + 0.1 * force,
+        data,
+        forced_residuum,
+        num_rollout_steps=15,
+        inputs=jnp.concatenate([force(x) for x in later], axis=1),
+        has_aux=True,
+    )
+    assert_close_to(samples["u"], long.final_state)
+    assert_close_to(rollout.time_level_losses, long.time_level_losses[-5:])
+    assert_close_to(samples["time"], jnp.full(64, 1.5))
+    assert_close_to(force(start)[:, -1, 0], jnp.sin(0.5 + samples["phase"]))
 
 
 @claim("recipes_training.md#a-replay-buffer")
