@@ -35,7 +35,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real, Shaped
 
 
 __all__ = ["Cuts", "Rollout", "mse", "residuum_loss"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Each in a section of its own, in this order: the public API; a scan that is cut into segments,
 # and its gradient; how closures become the arrays of such a scan; what depends on the version

@@ -27,7 +27,7 @@ from replay_buffer import diverged, put_back, sample
 from residuum import residuum_loss
 
 
-BUFFER_SIZE, BATCH_SIZE, NUM_UPDATES, NUM_TEST = 2048, 64, 40_000, 64
+BUFFER_SIZE, BATCH_SIZE, NUM_UPDATES, NUM_TEST = 2048, 64, 120_000, 64
 REPORT_STEPS = (1, 12, 72, 288)  # five minutes, 1, 6 and 24 hours
 
 

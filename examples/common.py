@@ -137,6 +137,11 @@ def rollout(stepper, states, num_steps):
     return jax.jit(canonical_convolutions(jax.vmap(trajectory)))(states)
 
 
+def to_float64(tree):
+    """Converts all floating-point arrays, which needs `jax_enable_x64`."""
+    return jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, tree)
+
+
 def error_over_time(trajectories, reference):
     """Computes the nRMSE `[time]`, i.e., ‖u − reference‖ / ‖reference‖ of each state, as a mean
     over samples."""

@@ -138,13 +138,12 @@ def unseen_states(key, num_samples=32):
 
 def main():
     import burgers
-    import equinox as eqx
+    import common
     import matplotlib.pyplot as plt
-    from common import COLORS, parse_options, print_table, rollout, save_figure, show
 
     from residuum import residuum_loss
 
-    args = parse_options(__doc__, "assets/error_estimate.png", updates=(1500, 20))
+    args = common.parse_options(__doc__, "assets/error_estimate.png", updates=(1500, 20))
     keys = jax.random.split(jax.random.key(args.seed), 3)
     options = dict(residuum_fn=burgers.crank_nicolson, num_rollout_steps=5, unroll=True)
     loss_fn = partial(residuum_loss, **options)
@@ -154,16 +153,15 @@ def main():
     tests = unseen_states(keys[2])
 
     jax.config.update("jax_enable_x64", True)  # shows how small the corrected error is
-    double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
-    arguments = jax.tree.map(double, stepper), burgers.crank_nicolson
+    arguments = common.to_float64(stepper), burgers.crank_nicolson
     estimate = partial(estimate_error, *arguments, num_rollout_steps=NUM_STEPS)
     widths = (1, 1, 1, 1, 1.3)
     figure, axes = plt.subplots(
         1, 5, figsize=(15, 3.2), width_ratios=widths, layout="constrained"
     )
-    for (name, states), color in zip(tests.items(), COLORS[1:], strict=False):
-        exact = rollout(exact_step, double(states), NUM_STEPS)[:, 1:]
-        emulated, errors = jax.jit(jax.vmap(estimate))(double(states))
+    for (name, states), color in zip(tests.items(), common.COLORS[1:], strict=False):
+        exact = common.rollout(exact_step, common.to_float64(states), NUM_STEPS)[:, 1:]
+        emulated, errors = jax.jit(jax.vmap(estimate))(common.to_float64(states))
         fields = {
             "emulator": emulated,
             "true error": emulated - exact,
@@ -184,16 +182,16 @@ def main():
             "ratio, largest": jnp.max(ratio, axis=0),
         }
         cells = {k: [f"{x[n - 1]:.3g}" for n in REPORT_STEPS] for k, x in rows.items()}
-        print_table(name, [f"step {n}" for n in REPORT_STEPS], cells)
+        common.print_table(name, [f"step {n}" for n in REPORT_STEPS], cells)
         if name == "like training":
             for axis, (title, u) in zip(axes, fields.items(), strict=False):
                 extent = (NUM_STEPS * burgers.DT, burgers.DOMAIN_EXTENT)
-                figure.colorbar(show(axis, title, u[0, :, 0], extent), ax=axis)
+                figure.colorbar(common.show(axis, title, u[0, :, 0], extent), ax=axis)
                 axis.set(xlabel="time t", ylabel="position x")
     axes[4].set_title("solid: true, dotted: estimated,\ndashed: corrected", fontsize="small")
     axes[4].set(xlabel="time t", ylabel="nRMSE")
     axes[4].legend(fontsize="small")
-    save_figure(args.output, figure)
+    common.save_figure(args.output, figure)
 
 
 if __name__ == "__main__":

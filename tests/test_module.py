@@ -2,6 +2,7 @@
 names."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -59,9 +60,11 @@ def test_importing_it_touches_no_network_no_file_and_no_environment():
 def test_public_names():
     assert sorted(residuum.__all__) == ["Cuts", "Rollout", "mse", "residuum_loss"]
     assert all(getattr(residuum, name).__doc__ for name in residuum.__all__)
-    assert f"## {residuum.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_versions_agree():
+def test_versions_and_dates_agree():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", changelog, re.M).groups()
+    assert version == residuum.__version__
     citation = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {residuum.__version__}\n" in citation
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation

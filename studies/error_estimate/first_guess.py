@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from canonical_convolutions import canonical_convolutions
+from common import to_float64
 
 from benchmarks import machine, tables
 from studies import train_and_tabulate
-from studies.error_estimate.run import burgers_problem, double, kuramoto_sivashinsky_problem
+from studies.error_estimate.run import burgers_problem, kuramoto_sivashinsky_problem
 
 
 TOLERANCE, NUM_STEPS = 1e-6, 50
@@ -105,7 +106,7 @@ def main():
     for name, (make_problem, residuum_fn) in residuals.items():
         problem = make_problem(args.quick)
         with train_and_tabulate.float64():
-            states = double(problem.tests["like training"][0])[:8]
+            states = to_float64(problem.tests["like training"][0])[:8]
             residuum_fn = residuum_fn or problem.residuum_fn
             rows += make_rows(name, problem.stepper, residuum_fn, states)
     print(markdown(rows))

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import shallow_water
+from common import to_float64
 from jax.tree_util import Partial
 
 from benchmarks import machine, tables
@@ -46,12 +47,6 @@ class Problem(NamedTuple):
     tests: dict[str, tuple[Any, Any]]  # states `[sample, ...]`, inputs `[sample, time, ...]`
     num_steps: int
     fields: Callable = lambda state: state  # whose nRMSE is the error
-
-
-def double(tree):
-    """Float64, in which the error of the corrected trajectory can be seen."""
-    cast = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
-    return jax.tree.map(cast, tree)
 
 
 #
@@ -176,7 +171,7 @@ def norms(emulated, solution, errors):
 def make_rows(name, problem):
     for test, (states, inputs) in problem.tests.items():
         true, estimated, corrected = norms(
-            *trajectories(problem, double(states), double(inputs))
+            *trajectories(problem, to_float64(states), to_float64(inputs))
         )
         for n in (n for n in REPORT_STEPS if n <= problem.num_steps):
             row = {"problem": name, "states": test, "step": n}
@@ -201,7 +196,7 @@ def ratios(true, estimated, corrected):
 
 def cost_row(name, problem):
     """Seconds for a step of one sample: of the emulator, of the estimate, of the exact step."""
-    states, inputs = double(next(iter(problem.tests.values())))
+    states, inputs = to_float64(next(iter(problem.tests.values())))
     # Arguments and not constants, for XLA computes with constants when it compiles.
     args = jax.tree.map(lambda x: x[0], [states] if inputs is None else [states, inputs])
 
@@ -282,9 +277,9 @@ def first_above(error, bound=0.3):
 
 def bad_row(name, stepper, num_steps):
     with train_and_tabulate.float64():
-        states = double(burgers.initial_conditions(8, jax.random.key(5)))
+        states = to_float64(burgers.initial_conditions(8, jax.random.key(5)))
         exact = error_estimate.exact_step
-        problem = Problem(double(stepper), burgers.crank_nicolson, exact, {}, num_steps)
+        problem = Problem(to_float64(stepper), burgers.crank_nicolson, exact, {}, num_steps)
         true, estimated, _ = norms(*trajectories(problem, states, None))
     true_step, estimated_step = first_above(true), first_above(estimated)
     is_bad = true_step < num_steps
@@ -333,7 +328,7 @@ def main():
             continue
         problem = PROBLEMS[name](args.quick)
         with train_and_tabulate.float64():
-            problem = problem._replace(stepper=double(problem.stepper))
+            problem = problem._replace(stepper=to_float64(problem.stepper))
             update_rows(folder / "cost.csv", name, [cost_row(name, problem)], None)
             columns = ["problem", "states", "step", *COLUMNS]
             rows = update_rows(
