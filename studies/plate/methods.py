@@ -66,8 +66,9 @@ def make_problem(spacing, num_samples, num_steps):
 
 
 def timed(function, *args):
-    start = time.perf_counter()
-    return function(*args), time.perf_counter() - start
+    """Returns the result, and the CPU seconds."""
+    start = time.process_time()
+    return function(*args), time.process_time() - start
 
 
 def without_history(problem, stepper):
@@ -91,7 +92,7 @@ def fixed_methods(problem):
     v_cycle = partial(solvers.v_cycle, *solvers.hierarchy_in_jax(hierarchy))
     scipy = partial(solvers.scipy_stepper, problem.assembled)
     for extrapolated, start in START.items():
-        for n in (1, 2, 3, 4):
+        for n in (1, 2, 3):
             options = dict(num_corrections=n, extrapolated=extrapolated)
             text = f"{start}, {n} corrections"
             for name, divide, setup in (
@@ -122,7 +123,7 @@ def krylov_methods(problem):
         "CG, diagonal (JAX)": (conduction.jacobi, 0),
         "CG, multigrid (JAX)": (multigrid, seconds),
     }
-    for n, tol in ((1, 1e-1), (1, 1e-2), (2, 1e-1), (2, 1e-2)):
+    for n, tol in ((1, 1e-1), (1, 1e-2), (2, 1e-2)):
         text = f"{START[True]}, {n} solves to {tol}"
         for name, (solve, divide, setup) in of_scipy.items():
             options = dict(rtol=tol, derivative=solve is sla.bicgstab)
