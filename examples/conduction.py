@@ -196,24 +196,24 @@ def flexible_gmres(preconditioner, num_corrections):
 
     def stepper(plate, u_prev, forcing):
         start = set_wall(plate, u_prev, forcing)
-        diagonal, others = matrix(plate, start)
-        divide = preconditioner(plate, start, (diagonal, others))
+        divide = preconditioner(plate, start, matrix(plate, start))
+        diagonal, _ = matrix(plate, start)
         inner_product = lambda x, y: jnp.sum(x * y / diagonal, axis=-1)
         free = ~plate.is_fixed
 
         def correct(carry, n):
-            u, directions, products = carry  # [nodes], [num_corrections, nodes] and the same
+            u, directions, images = carry  # [nodes], and twice [num_corrections, nodes]
             r = residual(plate, u, u_prev, forcing)
             direction = free * divide(r)
-            image = free * product(plate, (diagonal, others), direction)
+            image = free * product(plate, matrix(plate, u), direction)
             # Make the image orthogonal to the earlier ones, of which those to come are 0.
-            shares = inner_product(products, image)
+            shares = inner_product(images, image)
             direction -= shares @ directions
-            image -= shares @ products
+            image -= shares @ images
             length = jnp.sqrt(inner_product(image, image) + 1e-16)  # not 0, if r is 0
             directions = directions.at[n].set(direction / length)
-            products = products.at[n].set(image / length)
-            return (u - inner_product(products, r) @ directions, directions, products), None
+            images = images.at[n].set(image / length)
+            return (u - inner_product(images, r) @ directions, directions, images), None
 
         nothing = jnp.zeros((num_corrections, *start.shape), start.dtype)
         carry, steps = (start, nothing, nothing), jnp.arange(num_corrections)

@@ -34,7 +34,7 @@ def make_rows(seed, emulator, seconds, num_test, num_steps):
     """Returns a row for each stepper, with the errors on all meshes. The time is that on the
     mesh of the training."""
     with train_and_tabulate.float64():
-        keys = jax.random.split(jax.random.key(1000 + seed), len(example.MESHES))
+        keys = jax.random.split(jax.random.key(2000 + seed), len(example.MESHES))
         results = [
             example.evaluate(emulator, mesh, key, num_test, num_steps)
             for mesh, key in zip(example.MESHES.values(), keys, strict=True)

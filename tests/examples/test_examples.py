@@ -194,9 +194,13 @@ EXAMPLES = {
                     "Newton": "0.00000 0.00000 *",
                     "persistence": persistence,
                     "20 Jacobi steps": "* * *",
+                    "4 steps of GMRES, Jacobi": "* * *",
+                    "20 steps of GMRES, Jacobi": "* * *",
+                    "40 steps of GMRES, Jacobi": "* * *",
                     "1 step u − P r": "* * *",
                     "4 steps u − P r": "* * *",
                     "emulator": "* * *",
+                    "emulator, 6 corrections": "* * *",
                     "estimated error": "* *",
                 },
             )

@@ -13,6 +13,10 @@ import skfem
 from replay_buffer import diverged
 from skfem.helpers import dot, grad
 
+from benchmarks.tables import read_csv
+from studies.plate import small_meshes
+from tests.common import run_module, slow
+
 
 MESH = conduction.random_mesh(0.1, seed=0)
 
@@ -218,6 +222,18 @@ def test_gmres_cannot_diverge():
     assert norms[-1] < 0.5 * start
 
 
+def test_gmres_solves_a_step_that_changes_the_conductivity():
+    """The wall heats a cold plate, so k = 0.3 becomes 1.5 beside the wall. With the images of
+    the first matrix, the same corrections diverge."""
+    plate = conduction.make_plate(*MESH)
+    u_prev = jnp.full(len(plate.points), -1.4)
+    forcing = conduction.Forcing(*map(jnp.float64, (0, 0, 0, 0, 1, 0)))
+    source = np.zeros(len(u_prev))
+    u_next = conduction.newton_solver(*MESH)(np.asarray(u_prev), source, 1.0)
+    by_gmres = conduction.flexible_gmres(conduction.jacobi, 40)(plate, u_prev, forcing)
+    assert np.allclose(by_gmres, u_next, atol=1e-3)
+
+
 def test_samples_and_their_series():
     plate = conduction.make_plate(*MESH)
     u, forcing = conduction.random_samples(plate, jax.random.key(0), 64)
@@ -246,3 +262,17 @@ def test_training_lowers_the_loss(monkeypatch):
     monkeypatch.setattr(program.common, "train", spy)
     program.train_emulator(plate, jax.random.key(0), 100)
     assert losses[-1] < 0.1 and losses[-1] < losses[0]
+
+
+@slow
+def test_quick_study_of_small_meshes(tmp_path):
+    """An emulator that is hardly trained is as good as GMRES with Jacobi's preconditioner."""
+    run_module(small_meshes.__name__, "--quick", "--output", "rows", cwd=tmp_path)
+    names = {path.name for path in (tmp_path / "rows").iterdir()}
+    assert names == {"small_meshes.csv", "small_meshes.md"}
+    rows = {row["model"]: row for row in read_csv(tmp_path / "rows" / "small_meshes.csv")}
+    for column in ("training_mesh_1", "another_mesh_10", "finer_mesh_10"):
+        error = {name: float(row[column]) for name, row in rows.items()}
+        assert error["Newton"] == 0 < error["4 steps u − P r"] < error["1 step u − P r"] < 0.1
+        assert error["emulator"] < 1.1 * error["4 steps of GMRES, Jacobi"]
+        assert error["estimated error"] == pytest.approx(error["emulator"], rel=0.1)

@@ -28,7 +28,11 @@ from studies.burgers_2d import run as burgers_2d
 from studies.chemistry import run as chemistry
 from studies.error_estimate import first_guess, run as error_estimate
 from studies.gray_scott import run as gray_scott
+<<<<<<< HEAD
 from studies.plate import run as plate
+=======
+from studies.plate import small_meshes
+>>>>>>> 9cf02585359927f06d2d3d0ee02ce779c0be2a2e
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
 from studies.which_cut import draw as which_cut
@@ -128,6 +132,7 @@ TABLES = {  # Markdown file: rows, and the function that makes the table from th
     "studies/burgers_2d/ablation": ("ablation", with_seeds, burgers_2d.ABLATION_COLUMNS),
     "studies/chemistry/table": ("rows", with_seeds, chemistry.ERRORS | chemistry.OTHER),
     "studies/chemistry/work": ("work", chemistry.work_table),
+    "studies/plate/small_meshes": ("small_meshes", with_seeds, small_meshes.COLUMNS),
     "studies/work_precision/table": ("rows", work_precision.markdown),
     "studies/plate/table": ("rows", plate.markdown),
     "studies/which_cut/table": ("rows", which_cut.markdown),
