@@ -28,11 +28,7 @@ from studies.burgers_2d import run as burgers_2d
 from studies.chemistry import run as chemistry
 from studies.error_estimate import first_guess, run as error_estimate
 from studies.gray_scott import run as gray_scott
-<<<<<<< HEAD
-from studies.plate import run as plate
-=======
-from studies.plate import small_meshes
->>>>>>> 9cf02585359927f06d2d3d0ee02ce779c0be2a2e
+from studies.plate import run as plate, small_meshes
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
 from studies.which_cut import draw as which_cut
