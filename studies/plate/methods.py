@@ -143,8 +143,8 @@ def krylov_methods(problem):
                 bicgstab, conduction.jacobi, **options
             ),
         }.items():
-            step = solvers.jax_stepper(problem.single, preconditioner, 1, extrapolated=True)
-            yield Method(name, f"{START[True]}, {n} products", step, problem)
+            step = solvers.jax_stepper(problem.single, preconditioner, 1)
+            yield Method(name, f"{START[False]}, {n} products", step, problem)
     # The emulator's own method, without the network.
     for name, n, preconditioner, setup in (
         ("GMRES, diagonal (JAX)", 24, conduction.jacobi, 0),

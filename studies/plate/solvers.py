@@ -170,24 +170,26 @@ def jax_krylov(solve, preconditioner, **options):
 
 
 def chebyshev(num_products):
-    """Returns a preconditioner that is a polynomial of the matrix divided by its diagonal. By
-    Gershgorin, the eigenvalues lie between the least share of the mass in the diagonal, and
-    about 2."""
+    """Returns a preconditioner that is a polynomial of the matrix divided by its diagonal. The
+    eigenvalues lie between the least share of the mass in the diagonal and the largest row sum
+    of absolute values."""
 
     def divide_by_polynomial(plate, u, matrix):
         operator = conduction.fix(plate, partial(conduction.product, plate, matrix))
-        least = jnp.min(plate.lumped_mass / conduction.DT / matrix[0])
-        centre, radius = 1 + least / 2, 1 - least / 2
+        diagonal, others = matrix
+        least = jnp.min(plate.lumped_mass / conduction.DT / diagonal)
+        largest = 1 + jnp.max(conduction.sum_edges(plate, jnp.abs(others)) / diagonal)
+        centre, radius = (largest + least) / 2, (largest - least) / 2
 
         def divide(r):
             def improve(_, carry):
                 x, change, rho = carry
-                rest = (r - operator(x)) / matrix[0]
+                rest = (r - operator(x)) / diagonal
                 new_rho = 1 / (2 * centre / radius - rho)
                 change = new_rho * (rho * change + 2 / radius * rest)
                 return x + change, change, new_rho
 
-            x = r / matrix[0] / centre
+            x = r / diagonal / centre
             return jax.lax.fori_loop(0, num_products, improve, (x, x, radius / centre))[0]
 
         return divide
