@@ -4,6 +4,7 @@ figures and cards."""
 import html.parser
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -18,7 +19,8 @@ Dirichlet, Neumann, ghost cell, forcing, inputs, batch norm, offload, temporal b
 burn-in, overlapping, baseline, conservation, superiority, physics-informed, surrogate,
 persistence, gradient clipping, boundary condition, warm-up, ablation, error estimate,
 floor of the residual, finite element, FEM, mass matrix, stiffness matrix, unstructured mesh,
-triangle, BCOO, hard constraint, Robin""".replace("\n", " ").split(", ")
+triangle, BCOO, hard constraint, Robin, SUPG, stabilisation, convection, time-dependent matrix,
+elastodynamics, Newmark, traction, multigrid""".replace("\n", " ").split(", ")
 
 
 class Elements(html.parser.HTMLParser):
@@ -74,6 +76,8 @@ def test_figures_say_what_they_show(page):
         ("your_own_problem", 3),
         ("diverted_chain", 8),
         ("recipes_problems", 6),
+        ("how_good_is_it", 1),
+        ("meshes", 3),
     ],
 )
 def test_formulas_are_typeset(name, formulas):
@@ -88,6 +92,21 @@ def test_tables_of_benchmarks_are_shown(name, tables):
     page = SITE / name / "index.html"
     assert len(Elements(page).of("table")) >= tables
     assert "<td>---" not in page.read_text()  # else two tables have merged
+
+
+@pytest.mark.parametrize(
+    "name, function, program",
+    [
+        ("how_good_is_it", "estimate_error", "unseen_states"),
+        ("recipes_training", "put_back", None),
+        ("cost", "canonical_convolutions", None),
+    ],
+)
+def test_functions_to_copy_are_shown_without_their_program(name, function, program):
+    text = (SITE / name / "index.html").read_text()
+    (box,) = re.findall(r"<details.*?</details>", text, re.DOTALL)
+    defined = re.findall(r'<span class="nf">(\w+)</span>', box)
+    assert function in defined and program not in defined and "main" not in defined
 
 
 def test_old_links_to_recipes_land_on_the_line_that_leads_on():
