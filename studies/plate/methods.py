@@ -45,6 +45,10 @@ class Method(NamedTuple):
     dtype: type = np.float32  # or float64 with SciPy
 
 
+def plural(n, noun):
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def to_dtype(tree, dtype):
     """Converts floats, and shortens indices."""
     types = {"f": dtype, "i": np.int32, "b": bool}
@@ -80,7 +84,7 @@ def emulator_methods(family, problem, emulator, seconds, num_nodes, corrections)
     """Yields an emulator with several numbers of corrections."""
     for n in corrections:
         step = without_history(problem, partial(emulator, num_corrections=n))
-        text = f"trained on {num_nodes} nodes, {n} corrections"
+        text = f"trained on {num_nodes} nodes, {plural(n, 'correction')}"
         yield Method(family, text, step, problem, seconds)
 
 
@@ -94,7 +98,7 @@ def fixed_methods(problem):
     for extrapolated, start in START.items():
         for n in (1, 2, 3):
             options = dict(num_corrections=n, extrapolated=extrapolated)
-            text = f"{start}, {n} corrections"
+            text = f"{start}, {plural(n, 'correction')}"
             for name, divide, setup in (
                 ("LU", lu, lu_seconds),
                 ("multigrid cycle (pyamg)", cycle, seconds),
@@ -109,13 +113,13 @@ def krylov_methods(problem):
     """Yields steppers that solve with the matrix of the present guess, or with its Jacobian."""
     lu, lu_seconds = timed(solvers.factorise, problem.matrix)
     hierarchy, seconds = timed(solvers.multigrid, problem.matrix)
-    ruge_stuben = pyamg.ruge_stuben_solver(sp.csr_matrix(problem.matrix))
+    ruge_stuben, rs_seconds = timed(pyamg.ruge_stuben_solver, sp.csr_matrix(problem.matrix))
     cycle, classical_cycle = (h.aspreconditioner().matvec for h in (hierarchy, ruge_stuben))
     v_cycle = partial(solvers.v_cycle, *solvers.hierarchy_in_jax(hierarchy))
     of_scipy = {
         "CG, LU": (sla.cg, lu, lu_seconds),
         "CG, multigrid (pyamg)": (sla.cg, cycle, seconds),
-        "CG, Ruge–Stüben multigrid (pyamg)": (sla.cg, classical_cycle, seconds),
+        "CG, Ruge–Stüben multigrid (pyamg)": (sla.cg, classical_cycle, rs_seconds),
         "Newton, BiCGSTAB, multigrid (pyamg)": (sla.bicgstab, cycle, seconds),
     }
     multigrid = lambda *_: v_cycle
@@ -124,7 +128,7 @@ def krylov_methods(problem):
         "CG, multigrid (JAX)": (multigrid, seconds),
     }
     for n, tol in ((1, 1e-1), (1, 1e-2), (2, 1e-2)):
-        text = f"{START[True]}, {n} solves to {tol}"
+        text = f"{START[True]}, {plural(n, 'solve')} to {tol}"
         for name, (solve, divide, setup) in of_scipy.items():
             options = dict(rtol=tol, derivative=solve is sla.bicgstab)
             divide = solvers.scipy_krylov(problem.assembled, solve, divide, **options)
@@ -152,7 +156,7 @@ def krylov_methods(problem):
         ("GMRES, multigrid (JAX)", 4, multigrid, seconds),
     ):
         step = without_history(problem, conduction.flexible_gmres(preconditioner, n))
-        yield Method(name, f"{START[False]}, {n} corrections", step, problem, setup)
+        yield Method(name, f"{START[False]}, {plural(n, 'correction')}", step, problem, setup)
 
 
 def coarser_methods(problem):
@@ -161,5 +165,5 @@ def coarser_methods(problem):
     for n in (1, 2):
         divide = lambda u, r: lu(r)
         step = solvers.scipy_stepper(problem.assembled, divide, n, extrapolated=True)
-        text = f"{len(problem.plate.points)} nodes, {START[True]}, {n} corrections"
+        text = f"{len(problem.plate.points)} nodes, {START[True]}, {plural(n, 'correction')}"
         yield Method("coarser mesh, fixed LU", text, step, problem, seconds, np.float64)
