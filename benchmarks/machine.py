@@ -61,8 +61,9 @@ def processor():
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
-def medians_in_turns(programs, is_measured):
+def medians_in_turns(programs, is_measured, clock=time.perf_counter):
     """Returns the median run time [s] of each program in `{name: function of no arguments}`.
+    On a shared core, use `time.process_time`, which excludes the time of other programs.
 
     The programs run in turns, so that the noise of the machine affects all of them alike, each
     until `is_measured(times)`. The order is random, because a program that runs after another
@@ -71,11 +72,11 @@ def medians_in_turns(programs, is_measured):
     times = {name: [] for name in programs}
     while unfinished := [name for name in programs if not is_measured(times[name])]:
         for name in random.sample(unfinished, len(unfinished)):
-            times[name].append(time_of(programs[name]))
+            times[name].append(time_of(programs[name], clock))
     return {name: statistics.median(x) for name, x in times.items()}
 
 
-def time_of(program):
-    start = time.perf_counter()
+def time_of(program, clock=time.perf_counter):
+    start = clock()
     program()
-    return time.perf_counter() - start
+    return clock() - start

@@ -28,7 +28,7 @@ from studies.burgers_2d import run as burgers_2d
 from studies.chemistry import run as chemistry
 from studies.error_estimate import first_guess, run as error_estimate
 from studies.gray_scott import run as gray_scott
-from studies.plate import small_meshes
+from studies.plate import run as plate, small_meshes
 from studies.shallow_water import run as shallow_water
 from studies.superiority import run as superiority
 from studies.which_cut import draw as which_cut
@@ -130,6 +130,7 @@ TABLES = {  # Markdown file: rows, and the function that makes the table from th
     "studies/chemistry/work": ("work", chemistry.work_table),
     "studies/plate/small_meshes": ("small_meshes", with_seeds, small_meshes.COLUMNS),
     "studies/work_precision/table": ("rows", work_precision.markdown),
+    "studies/plate/table": ("rows", plate.markdown),
     "studies/which_cut/table": ("rows", which_cut.markdown),
     "benchmarks/convolutions_on_cpu/table": ("rows", convolutions_on_cpu.markdown),
     "benchmarks/rollout_cost/table": (
@@ -306,6 +307,20 @@ def test_no_row_beats_the_pareto_front():
                 is_beaten = any(t <= time and e <= error for t, e in map(value, front))
                 assert is_beaten, row
             assert sorted(map(value, front)) == [value(row) for row in front]
+
+
+@slow
+def test_plate(tmp_path):
+    run_quickly(plate.__name__, tmp_path, figure=False)
+    rows = read_csv(tmp_path / "rows.csv")
+    of = {row["family"]: float(row["error_last"]) for row in rows}
+    assert of["fixed LU"] < of["fixed multigrid cycle (JAX)"] < 0.01
+    for name in ("CG, LU", "CG, multigrid (JAX)", "CG, diagonal (JAX)"):
+        assert of[name] < 1e-3
+    assert of["emulator"] < of["persistence"]
+    table = plate.markdown(rows)
+    assert "| emulator, trained on" in table and "| floor, " in table
+    assert all(float(row["ms"]) > 0 for row in rows if row["family"] != plate.FLOOR)
 
 
 @slow
