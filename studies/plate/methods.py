@@ -58,7 +58,7 @@ def to_dtype(tree, dtype):
 def make_problem(spacing, num_samples, num_steps):
     """Draws samples that are unseen in training. Those of all meshes are the same functions."""
     plate = conduction.make_plate(*conduction.random_mesh(spacing, seed=7))
-    u_0, forcing = conduction.random_samples(plate, jax.random.key(50_000), num_samples)
+    u_0, forcing = conduction.random_samples(plate, jax.random.key(50_001), num_samples)
     inputs = conduction.forcing_series(forcing, num_steps)
     single = to_dtype(plate, np.float32)
     return Problem(plate, single, solvers.Assembled(plate), np.asarray(u_0), inputs)

@@ -258,6 +258,8 @@ def test_error_estimate(tmp_path):
     assert [row["emulator"] for row in bad][2:] == ["walls, 50 updates", "viscosity × 10"]
     assert all(row["above 0.3"] == row["estimated in time"] for row in bad)
     assert int(bad[0]["above 0.3"]) == int(bad[0]["samples"])
+    assert all(row["above 0.3"] == row["warned in time"] for row in bad)
+    assert all(row["false warnings"] == "0" for row in bad)
 
 
 @slow
