@@ -9,6 +9,7 @@ cells diverges in 30 days, and what it costs to hand the cells with a large esti
 to a solver.
 
     python -m studies.chemistry.run --seed 0 1 2     everything; needs diffrax as well
+    python -m studies.chemistry.run --draw           the figure, from the rows
     python -m studies.chemistry.run --quick          to see that it runs
 """
 
@@ -18,8 +19,10 @@ import time
 from functools import partial
 
 import chemistry
+import common
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pollu
 from pollu import DT, nrmse, REPORTED, SPECIES
@@ -173,6 +176,31 @@ def work_table(rows):
     return tables.markdown(["", *WORK_COLUMNS.values()], lines)
 
 
+def draw(rows):
+    """Draws the errors over the time, with a line for the step sizes of each solver."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    models = dict.fromkeys(row["model"] for row in rows if row["minutes"] != "adaptive")
+    for axis, (column, title) in zip(
+        axes, {"1_h": "an hour", "24_h": "a day"}.items(), strict=True
+    ):
+        for i, model in enumerate(models):
+            points = [
+                (float(row["ns"]), float(row[f"after_{column}"]))
+                for row in rows
+                if row["model"] == model and float(row[f"after_{column}"]) < 1
+            ]
+            style = dict(marker="o", color=f"C{i}", markersize=5, linewidth=1)
+            if model == OURS:
+                style = dict(marker="*", color="black", markersize=12, linestyle="none")
+            axis.plot(*zip(*sorted(points), strict=True), label=model, **style)
+        axis.set(xscale="log", yscale="log", title=f"after {title}")
+        axis.set(xlabel="time per cell and five minutes [ns]")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set(ylabel="error of the worst species")
+    axes[0].legend(fontsize="x-small")
+    return figure
+
+
 #
 # Accuracy
 #
@@ -277,8 +305,13 @@ def main():
     parser = tables.make_parser(__doc__, quick="20 updates, an hour, and one solver")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--updates", type=int, default=chemistry.NUM_UPDATES)
+    parser.add_argument("--draw", action="store_true", help="the figure, from the rows")
     args = parser.parse_args()
-    folder, _ = tables.output_folders(args, __file__)
+    folder, figures = tables.output_folders(args, __file__)
+    figure_path = figures / "chemistry_work.png"
+    if args.draw:
+        common.save_figure(figure_path, draw(tables.read_csv(folder / "work.csv")))
+        return
     num_updates = 20 if args.quick else args.updates
     num_steps = HOUR if args.quick else 288
     expected = solution(num_steps)
@@ -303,6 +336,7 @@ def main():
     if not args.quick:
         work += kvaerno_rows(expected)
     tables.write_csv(folder / "work.csv", work)
+    common.save_figure(figure_path, draw(tables.read_csv(folder / "work.csv")))
     print(work_table(work))
     tables.write_table(folder / "work.md", work_table(work))
 
