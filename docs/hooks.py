@@ -3,9 +3,9 @@
 On a forge that renders Markdown, the pages may be read as they are, so they link to
 `../assets/...` and `../examples/...`. Here figures become part of the site, tables of
 benchmarks/ and studies/ appear where a line links to them, and other files are linked in the
-repository, whose address is `project.urls.Repository` of pyproject.toml. A line that links to
-an example becomes a box with the functions to copy. README is the front page. Formulas become
-MathML, which browsers show without a script.
+repository, whose address is `project.urls.Repository` of pyproject.toml. A line that consists
+of a link to an example becomes a box with the functions to copy. README is the front page.
+Formulas become MathML, which browsers show without a script.
 """
 
 import html
@@ -65,7 +65,8 @@ def on_page_markdown(markdown, page, config, files):
         return f"[{text}]({config.repo_url}/blob/main/{path})" if config.repo_url else text
 
     def functions_to_copy(match):
-        code = (ROOT / match[2]).read_text().split("\n\n\n#\n# ")[0]  # up to its second part
+        _, code = (ROOT / match[2]).read_text().split('"""\n\n', maxsplit=1)
+        code = code.split("\n\n\n#\n# ")[0]  # up to the comment where the program begins
         lines = ["```python", *code.splitlines(), "```"]
         return f'??? note "{match[1]}"\n' + "".join(f"    {line}\n" for line in lines)
 

@@ -129,9 +129,9 @@ def matrix(plate, u):
     return diagonal, plate.mass / DT + plate.loss - conduction
 
 
-def product(plate, matrix, u):
-    """Multiplies u by a matrix, as `matrix` returns it."""
-    diagonal, others = matrix
+def product(plate, entries, u):
+    """Multiplies u by the matrix with these entries, as `matrix` returns them."""
+    diagonal, others = entries
     return diagonal * u + sum_edges(plate, others * u[plate.edges[1]])
 
 
@@ -170,34 +170,35 @@ def relative_residual(plate, u_next, u_prev, forcing):
 #
 # Corrections by the residual
 #
-# A preconditioner is a function of the plate, the state u and its matrix. It returns a function
-# that divides a residual by an approximation of the matrix.
+# A preconditioner is a function of the plate, the state u and the entries of its matrix. It
+# returns a function that applies an approximation of the matrix's inverse to a residual.
 #
 
 
-def jacobi(plate, u, matrix):
+def jacobi(plate, u, entries):
     """Divides by the diagonal."""
-    return lambda r: r / matrix[0]
+    return lambda r: r / entries[0]
 
 
-def conjugate_gradients(plate, u, matrix):
-    """Divides by the matrix for k = 1, up to a tolerance of 1 %."""
+def conjugate_gradients(plate, u, entries):
+    """Solves with the matrix for k = 1, up to a tolerance of 1 %."""
     return partial(precondition, plate)
 
 
-def flexible_gmres(preconditioner, num_corrections):
+def gcr(preconditioner, num_corrections):
     """Returns a stepper that starts from the last state, and corrects it several times.
 
-    A correction is the combination of all preconditioned residuals so far that makes the
-    residual as small as possible (flexible GMRES, doi.org/10.1137/0914028). A preconditioner
-    that is far from the inverse makes this slow. But the residual cannot grow, except because
-    the matrix changes with u.
+    This is the generalised conjugate residual method (GCR, doi.org/10.1137/0720023) with a
+    preconditioner that may change (GMRESR, doi.org/10.1002/nla.1680010404). A correction is the
+    combination of all preconditioned residuals so far that makes the residual smallest, in the
+    norm weighted by 1 / diagonal. A preconditioner that is far from the inverse makes this
+    slow. But the residual cannot grow, except because the matrix changes with u.
     """
 
     def stepper(plate, u_prev, forcing):
         start = set_wall(plate, u_prev, forcing)
-        divide = preconditioner(plate, start, matrix(plate, start))
-        diagonal, _ = matrix(plate, start)
+        at_start = matrix(plate, start)
+        divide, diagonal = preconditioner(plate, start, at_start), at_start[0]
         inner_product = lambda x, y: jnp.sum(x * y / diagonal, axis=-1)
         free = ~plate.is_fixed
 
@@ -206,7 +207,7 @@ def flexible_gmres(preconditioner, num_corrections):
             r = residual(plate, u, u_prev, forcing)
             direction = free * divide(r)
             image = free * product(plate, matrix(plate, u), direction)
-            # Make the image orthogonal to the earlier ones, of which those to come are 0.
+            # Make the image orthogonal to the earlier ones. Rows of directions to come are 0.
             shares = inner_product(images, image)
             direction -= shares @ directions
             image -= shares @ images
@@ -306,9 +307,9 @@ def repeat(preconditioner, num_corrections):
 UNTRAINED = {
     "persistence": lambda plate, u, forcing: u,
     "20 Jacobi steps": repeat(jacobi, 20),
-    "4 steps of GMRES, Jacobi": flexible_gmres(jacobi, 4),
-    "20 steps of GMRES, Jacobi": flexible_gmres(jacobi, 20),
-    "40 steps of GMRES, Jacobi": flexible_gmres(jacobi, 40),
+    "4 steps of GCR, Jacobi": gcr(jacobi, 4),
+    "20 steps of GCR, Jacobi": gcr(jacobi, 20),
+    "40 steps of GCR, Jacobi": gcr(jacobi, 40),
     "1 step u − P r": repeat(conjugate_gradients, 1),
     "4 steps u − P r": repeat(conjugate_gradients, 4),
 }

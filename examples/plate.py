@@ -2,10 +2,10 @@
 plate with a hole, a moving source of heat, and a wall whose temperature changes in time.
 
 *Source and wall* are `inputs`: the parameters of their formulas, and the time. *The emulator*
-corrects a guess by GMRES, whose preconditioner is a network that sends messages along the edges
-of the mesh. *The loss* is that of the residual divided by a matrix, by conjugate gradients, so
-no matrix is inverted. *Newton's method*, with scikit-fem, checks the residual and evaluates the
-emulator and untrained steppers, on meshes unseen in training as well.
+corrects a guess by the GCR method, with a network as preconditioner that sends messages along
+the edges of the mesh. *The loss* is that of the residual, preconditioned by a few conjugate
+gradients, so no matrix is inverted. *Newton's method*, with scikit-fem, checks the residual and
+evaluates the emulator and untrained steppers, on meshes unseen in training as well.
 
     python examples/plate.py             trains and writes assets/plate.png
     python examples/plate.py --quick     the same in seconds, to see that it runs
@@ -26,8 +26,8 @@ from replay_buffer import diverged, put_back, sample
 from residuum import residuum_loss
 
 
-BUFFER_SIZE, BATCH_SIZE, REPORT_STEPS = 64, 4, (1, 10, 50)
-SHOWN = "persistence", "20 steps of GMRES, Jacobi", "4 steps u − P r", "emulator"
+REPORT_STEPS = (1, 10, 50)
+SHOWN = "persistence", "20 steps of GCR, Jacobi", "4 steps u − P r", "emulator"
 # The spacing of the nodes, and the seed of their positions.
 MESHES = {"training mesh": (0.04, 0), "another mesh": (0.04, 1), "finer mesh": (0.033, 2)}
 
@@ -38,9 +38,8 @@ MESHES = {"training mesh": (0.04, 0), "another mesh": (0.04, 1), "finer mesh": (
 
 
 class Emulator(eqx.Module):
-    """Corrects a guess several times by flexible GMRES, with a network as the preconditioner.
-    The network is linear in the residual. The mesh and the conductivity enter through gates on
-    edges and nodes."""
+    """Corrects a guess by the GCR method, with a network as the preconditioner. The network is
+    linear in the residual. Mesh and conductivity enter through gates on edges and nodes."""
 
     edge_network: eqx.nn.MLP
     node_network: eqx.nn.MLP
@@ -57,12 +56,12 @@ class Emulator(eqx.Module):
         self.last = jnp.zeros(width)
 
     def __call__(self, plate, u_prev, forcing, num_corrections=4):
-        stepper = conduction.flexible_gmres(self.preconditioner, num_corrections)
+        stepper = conduction.gcr(self.preconditioner, num_corrections)
         return stepper(plate, u_prev, forcing)
 
-    def preconditioner(self, plate, u, matrix):
-        """Returns a function that maps a residual `[nodes]` to a correction."""
-        edge_gates, node_gates = self.gates(plate, u, *matrix)
+    def preconditioner(self, plate, u, entries):
+        """Returns a function that maps a residual `[nodes]` to a direction of correction."""
+        edge_gates, node_gates = self.gates(plate, u, *entries)
 
         @jax.checkpoint  # computing the messages again takes less time than storing them
         def exchange(hidden, weights):
@@ -71,14 +70,15 @@ class Emulator(eqx.Module):
             return hidden + inputs @ weights, None
 
         def divide(r):
-            r = r / matrix[0]
+            r = r / entries[0]
             hidden, _ = jax.lax.scan(exchange, r[:, None] * self.first, self.layers)
-            return r + 0.1 * hidden @ self.last
+            return r + 0.1 * hidden @ self.last  # at first, Jacobi's method
 
         return divide
 
     def gates(self, plate, u, diagonal, others):
-        """Computes gates `[edges, width]` and `[nodes, width]` from ratios without units."""
+        """Computes gates `[edges, width]` and `[nodes, width]` from ratios without units, the
+        conductivity, and the nodes that are fixed."""
         ratios = lambda x, of_nodes: [x / of_nodes[i] for i in plate.edges]
         edges = ratios(others, diagonal) + ratios(plate.mass, plate.lumped_mass)
         edge_gates = 0.3 * jax.vmap(self.edge_network)(4 * jnp.stack(edges, axis=1))
@@ -93,19 +93,19 @@ class Emulator(eqx.Module):
 #
 
 
-def train_emulator(plate, key, num_updates):
+def train_emulator(plate, key, num_updates, *, kind=Emulator, batch_size=4, buffer_size=64):
     """Returns a trained emulator, and the training time in seconds."""
     keys = jax.random.split(key, 3)
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_updates // 20, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     # Conjugate gradients return 0 for a residual that is NaN, so check the gradient instead.
     optimizer = optax.apply_if_finite(optimizer, num_updates)
-    arrays, static = eqx.partition(Emulator(keys[0]), eqx.is_array)
+    arrays, static = eqx.partition(kind(keys[0]), eqx.is_array)
 
     def update(carry, key):
         arrays, opt_state, buffer = carry
         sample_key, replay_key, fresh_key = jax.random.split(key, 3)
-        samples, (u, forcing) = sample(buffer, BATCH_SIZE, sample_key)
+        samples, (u, forcing) = sample(buffer, batch_size, sample_key)
         inputs = conduction.forcing_series(forcing, 1)
 
         def loss_fn(arrays):
@@ -116,8 +116,8 @@ def train_emulator(plate, key, num_updates):
         (loss, rollout), grads = jax.value_and_grad(loss_fn, has_aux=True)(arrays)
         updates, opt_state = optimizer.update(grads, opt_state, arrays)
         final = rollout.final_state, forcing._replace(time=inputs.time[:, -1])
-        fresh = conduction.random_samples(plate, fresh_key, BATCH_SIZE)
-        lost = diverged(rollout.final_state - 1, bound=3) | (forcing.time > 0.5)  # so k > 0
+        fresh = conduction.random_samples(plate, fresh_key, batch_size)
+        lost = diverged(rollout.final_state - 1, bound=3) | (forcing.time > 0.5)  # k > 0
         buffer = put_back(buffer, samples, final, fresh, lost=lost, share=0.2, key=replay_key)
         return (optax.apply_updates(arrays, updates), opt_state, buffer), loss
 
@@ -126,7 +126,7 @@ def train_emulator(plate, key, num_updates):
         carry, losses = jax.lax.scan(update, carry, keys)
         return carry, jnp.mean(losses)
 
-    buffer = conduction.random_samples(plate, keys[1], BUFFER_SIZE)
+    buffer = conduction.random_samples(plate, keys[1], buffer_size)
     carry = arrays, optimizer.init(arrays), buffer
     chunks = jax.random.split(keys[2], (num_updates // 20, 20))
     (arrays, *_), seconds = common.train(updates, carry, chunks, "20 updates each")

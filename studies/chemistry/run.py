@@ -52,15 +52,11 @@ def test_cells(num_cells=NUM_CELLS):
     return pollu.random_cells(keys[0], num_cells), pollu.random_days(keys[1], num_cells)
 
 
-def double(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
-
-
 def solution(num_steps):
     """Returns the refined solution `[num_steps, 20, NUM_SETS * NUM_TEST]`."""
     cells = jax.tree.map(lambda x: x[..., : NUM_SETS * NUM_TEST], test_cells())
     with train_and_tabulate.float64():
-        y, days = double(cells)
+        y, days = common.to_float64(cells)
         refined = jax.jit(lambda y: pollu.rollout(pollu.refined_solution, y, days, num_steps))
         return np.asarray(refined(y))
 
@@ -131,6 +127,7 @@ def work_rows(emulators, expected, num_steps, quick):
         lowest = 0
         for text, n in {"5_min": 1, "1_h": HOUR, "24_h": num_steps}.items():
             if h > n * DT:
+                row[f"after_{text}"] = ""
                 continue
             u = np.asarray(advance(step, y, days, n * DT, h, *args))
             row[f"after_{text}"] = f"{largest_error(u, expected[n - 1]):.3g}"
@@ -144,7 +141,7 @@ def kvaerno_rows(expected, num_cells=NUM_TEST):
     """Yields rows for the stiff solvers of diffrax: one hour, and fewer cells."""
     cells = jax.tree.map(lambda x: x[..., :num_cells], test_cells())
     with train_and_tabulate.float64():
-        y, days = double(cells)
+        y, days = common.to_float64(cells)
         for name, rtol in KVAERNO.items():
             step = partial(solvers.diffrax_step, name, rtol)
             advance = jax.jit(lambda y, step=step: step(y, days, DT * HOUR))

@@ -258,10 +258,10 @@ def with_viscosity(factor):
 def bad_emulators(quick):
     """Yields the name and the stepper of each, in float32."""
     for seed, num_updates in enumerate(np.geomspace(5, 200, 2 if quick else 40).astype(int)):
-        keys = jax.random.split(jax.random.key(100 + seed))
+        keys = jax.random.split(jax.random.key(300 + seed))
         yield f"{num_updates} updates", train_burgers(num_updates, *keys)
     for seed, num_updates in enumerate(np.geomspace(50, 500, 1 if quick else 30).astype(int)):
-        keys = jax.random.split(jax.random.key(200 + seed))
+        keys = jax.random.split(jax.random.key(400 + seed))
         stepper = Walled(train_burgers(num_updates, *keys))
         yield f"walls, {num_updates} updates", stepper
     factors = np.concatenate([np.geomspace(0.1, 0.9, 15), np.geomspace(1.1, 10, 15)])
@@ -278,7 +278,7 @@ def first_above(error, bound=0.3):
 
 def second_estimate(problem, states, corrected):
     """Estimates the error that is left in the corrected states `[sample, time, ...]`."""
-    given = lambda u, state: state + 0 * u  # returns the next corrected state
+    given = lambda u, state: state
     residual = lambda u_next, u_prev, state: problem.residuum_fn(u_next, u_prev)
     options = dict(num_rollout_steps=problem.num_steps, solve=SOLVE)
     estimate = partial(error_estimate.estimate_error, given, residual, **options)
@@ -289,20 +289,24 @@ def bad_row(name, stepper, num_steps):
     """Counts trajectories whose true error exceeds 0.3, and how many of them are recognised at
     the same step or before: by an estimate above 0.3, or by a warning. A warning is an estimate
     above 0.2, or a second estimate above a fifth of the first. It is false if the true error
-    stays below 0.1."""
+    stays below 0.1. If an estimate never exceeds 0.3, its delay lasts until the last step.
+    Estimates are relative to the corrected states, as a user without a solver computes them."""
     with train_and_tabulate.float64():
-        states = to_float64(burgers.initial_conditions(8, jax.random.key(5)))
+        states = to_float64(burgers.initial_conditions(8, jax.random.key(6)))
         exact = error_estimate.exact_step
         problem = Problem(to_float64(stepper), burgers.crank_nicolson, exact, {}, num_steps)
         emulated, solution, errors = trajectories(problem, states, None)
-        true, estimated, _ = norms(emulated, solution, errors)
-        second = second_estimate(problem, states, emulated - errors)
-        _, remaining, _ = norms(emulated, solution, second)
+        corrected = emulated - errors
+        second = second_estimate(problem, states, corrected)
+        true, _, _ = norms(emulated, solution, errors)
+        _, estimated, _ = norms(emulated, corrected, errors)
+        _, remaining, _ = norms(emulated, corrected, second)
     true_step, estimated_step = first_above(true), first_above(estimated)
     warning_step = np.minimum(
         first_above(estimated, 0.2), first_above(remaining / estimated, 0.2)
     )
     is_bad, is_good = true_step < num_steps, np.max(true, axis=1) < 0.1
+    is_between, is_warned = ~(is_bad | is_good), warning_step < num_steps
     return {
         "emulator": name,
         "samples": len(true),
@@ -311,7 +315,9 @@ def bad_row(name, stepper, num_steps):
         "largest delay, steps": int(np.max((estimated_step - true_step)[is_bad], initial=0)),
         "warned in time": int(np.sum(is_bad & (warning_step <= true_step))),
         "below 0.1": int(np.sum(is_good)),
-        "false warnings": int(np.sum(is_good & (warning_step < num_steps))),
+        "false warnings": int(np.sum(is_good & is_warned)),
+        "between": int(np.sum(is_between)),
+        "warned between": int(np.sum(is_between & is_warned)),
     }
 
 

@@ -56,7 +56,7 @@ def to_dtype(tree, dtype):
 
 
 def make_problem(spacing, num_samples, num_steps):
-    """Draws samples that are unseen in training. Those of all meshes are the same functions."""
+    """Draws samples that are unseen in training: the same functions of x on every mesh."""
     plate = conduction.make_plate(*conduction.random_mesh(spacing, seed=7))
     u_0, forcing = conduction.random_samples(plate, jax.random.key(50_001), num_samples)
     inputs = conduction.forcing_series(forcing, num_steps)
@@ -72,7 +72,8 @@ def make_problem(spacing, num_samples, num_steps):
 def timed(function, *args):
     """Returns the result, and the CPU seconds."""
     start = time.process_time()
-    return function(*args), time.process_time() - start
+    result = function(*args)
+    return result, time.process_time() - start
 
 
 def without_history(problem, stepper):
@@ -140,7 +141,7 @@ def krylov_methods(problem):
             yield Method(name, text, step, problem, setup)
     # The emulator's four corrections multiply by a matrix 24 times.
     for n in (24, 96):
-        options = dict(tol=0.0, maxiter=n // 2)
+        options = dict(tol=0.0, maxiter=n // 2)  # two products in each iteration
         for name, preconditioner in {
             "Chebyshev, diagonal (JAX)": solvers.chebyshev(n),
             "BiCGSTAB, diagonal (JAX)": solvers.jax_krylov(
@@ -149,13 +150,13 @@ def krylov_methods(problem):
         }.items():
             step = solvers.jax_stepper(problem.single, preconditioner, 1)
             yield Method(name, f"{START[False]}, {n} products", step, problem)
-    # The emulator's own method, without the network.
+    # The emulator's own method, with another preconditioner than the network.
     for name, n, preconditioner, setup in (
-        ("GMRES, diagonal (JAX)", 24, conduction.jacobi, 0),
-        ("GMRES, multigrid (JAX)", 2, multigrid, seconds),
-        ("GMRES, multigrid (JAX)", 4, multigrid, seconds),
+        ("GCR, diagonal (JAX)", 24, conduction.jacobi, 0),
+        ("GCR, multigrid (JAX)", 2, multigrid, seconds),
+        ("GCR, multigrid (JAX)", 4, multigrid, seconds),
     ):
-        step = without_history(problem, conduction.flexible_gmres(preconditioner, n))
+        step = without_history(problem, conduction.gcr(preconditioner, n))
         yield Method(name, f"{START[False]}, {plural(n, 'correction')}", step, problem, setup)
 
 

@@ -48,10 +48,10 @@ FLOOR = "floor"
 
 def train(spacing, batch_size, buffer_size, num_updates):
     """Returns an emulator trained in float32, the CPU seconds, and the number of nodes."""
-    example.BATCH_SIZE, example.BUFFER_SIZE = batch_size, buffer_size
     plate = conduction.make_plate(*conduction.random_mesh(spacing, seed=0))
     start = time.process_time()
-    emulator, _ = example.train_emulator(plate, jax.random.key(0), num_updates)
+    options = dict(batch_size=batch_size, buffer_size=buffer_size)
+    emulator, _ = example.train_emulator(plate, jax.random.key(0), num_updates, **options)
     return emulator, time.process_time() - start, len(plate.points)
 
 
@@ -79,14 +79,15 @@ def newton(problem):
 
 
 def substeps(problem, num_substeps=10):
-    """Returns a step that consists of shorter ones, by fixed corrections."""
+    """Returns a step that consists of shorter ones, each with two corrections by a fixed
+    factorisation."""
     dt = conduction.DT / num_substeps
     assembled = solvers.Assembled(problem.plate, dt)
     lu = solvers.factorise(problem._replace(assembled=assembled).matrix)
     substep = solvers.scipy_stepper(assembled, lambda u, r: lu(r), 2, extrapolated=True)
 
-    def step(u, before, forcing):
-        before = u
+    def step(u_prev, _, forcing):
+        u, before = u_prev, u_prev
         for i in reversed(range(num_substeps)):
             now = forcing._replace(time=forcing.time - i * dt)
             u, before = substep(u, before, now), u

@@ -19,6 +19,9 @@ import scipy.sparse.linalg as sla
 from jax.experimental.sparse import BCOO
 
 
+DAMPING = 0.7  # of Jacobi's method in a multigrid cycle
+
+
 #
 # Assembled matrices
 #
@@ -31,11 +34,14 @@ class Assembled:
     def __init__(self, plate, dt=conduction.DT):
         is_index = lambda x: np.issubdtype(x.dtype, np.integer)  # with int32, SciPy is faster
         as_numpy = lambda x: np.asarray(x, np.int32 if is_index(x) else x.dtype)
-        self.plate = conduction.Plate(*map(as_numpy, plate))
-        plate, self.dt = self.plate, dt
+        self.plate = plate = conduction.Plate(*map(as_numpy, plate))
+        self.dt = dt
         num_nodes, num_edges = len(plate.points), len(plate.mass)
         num_triangles = plate.triangles.shape[1]
         nodes, triangles = (np.arange(n, dtype=np.int32) for n in (num_nodes, num_triangles))
+
+        # The entries of a matrix are those of the edges, followed by the diagonal. `csr_array`
+        # sorts them: from the numbers 1, 2, ... as entries follows the order.
         rows, columns = (np.concatenate([i, nodes]) for i in plate.edges)
         numbers = np.arange(1, len(rows) + 1)
         self.pattern = sp.csr_array((numbers, (rows, columns)))
@@ -44,16 +50,20 @@ class Assembled:
         is_free = ~plate.is_fixed
         self.is_coupled, self.is_fixed_entry = is_free[i] & is_free[j], ~is_free[i] & (i == j)
 
-        # The last rows of `to_entries` sum the entries of the edges of a node: its diagonal.
+        # Sparse products make the entries from the conductivities of the triangles. The entry
+        # on the diagonal is the sum over the edges of its node.
         to_nodes = sp.csr_array((np.ones(num_edges), (plate.edges[0], np.arange(num_edges))))
         sides = plate.sides.ravel(), np.tile(triangles, 6)
         stiffness = sp.csr_array((plate.stiffness.ravel(), sides))
         self.to_entries = sp.vstack([-stiffness, to_nodes @ stiffness]).tocsr()[order]
         mass = plate.mass, to_nodes @ plate.mass
-        loss = plate.loss, 2 * to_nodes @ plate.loss
+        losses = plate.loss, 2 * to_nodes @ plate.loss
         self.mass = self.with_entries(np.concatenate(mass)[order])
-        self.linear = self.mass / dt + self.with_entries(np.concatenate(loss)[order])
-        # Entry (i, j) of the derivative sums the fluxes into node i of triangles with i and j.
+        losses = self.with_entries(np.concatenate(losses)[order])
+        self.mass_and_losses = self.mass / dt + losses
+
+        # Entry (i, j) of the derivative sums the fluxes into node i of triangles with i and j,
+        # times ∂k/∂uⱼ = 1/6: k = 1 + u/2, and u is a mean over three corners.
         place = np.argsort(order)  # of edges, and then of nodes, in the pattern
         entries = place[np.concatenate([plate.sides, num_edges + plate.triangles])].ravel()
         flux = np.arange(3 * num_triangles).reshape(3, -1)
@@ -85,7 +95,7 @@ class Assembled:
 
         def residual(u):
             k, flux = self.fluxes(u)
-            r = self.linear @ u + self.to_nodes @ (k * flux).ravel() - load
+            r = self.mass_and_losses @ u + self.to_nodes @ (k * flux).ravel() - load
             return np.where(self.plate.is_fixed, 0, r)
 
         return residual
@@ -94,7 +104,7 @@ class Assembled:
         """Returns the step's matrix for k(u), or with `derivative` the Jacobian. Rows and
         columns of fixed nodes are those of the identity."""
         k, flux = self.fluxes(u)
-        entries = self.linear.data + self.to_entries @ k
+        entries = self.mass_and_losses.data + self.to_entries @ k
         if derivative:
             entries += self.to_derivative @ flux.ravel()
         return self.with_entries(np.where(self.is_coupled, entries, self.is_fixed_entry))
@@ -124,7 +134,8 @@ def scipy_stepper(assembled, divide, num_corrections, extrapolated=False):
 
 
 def jax_stepper(plate, preconditioner, num_corrections, extrapolated=False):
-    """Returns the same, compiled. Here the preconditioner is one of conduction.py."""
+    """Returns a compiled `step(u_prev, before, forcing)`. The preconditioner is a function of
+    the kind that conduction.py describes."""
 
     @jax.jit
     def step(u_prev, before, forcing):
@@ -159,7 +170,8 @@ def scipy_krylov(assembled, solve, divide, rtol, derivative=False):
 
 
 def jax_krylov(solve, preconditioner, **options):
-    """Returns the same in JAX: a preconditioner that solves with the matrix for k(u)."""
+    """Returns a preconditioner, of the kind that conduction.py describes, that solves with the
+    matrix for k(u)."""
 
     def divide_by_matrix(plate, u, matrix):
         operator = conduction.fix(plate, partial(conduction.product, plate, matrix))
@@ -171,8 +183,8 @@ def jax_krylov(solve, preconditioner, **options):
 
 def chebyshev(num_products):
     """Returns a preconditioner that is a polynomial of the matrix divided by its diagonal. The
-    eigenvalues lie between the least share of the mass in the diagonal and the largest row sum
-    of absolute values."""
+    eigenvalues are estimated to lie between the least share of the mass in the diagonal and the
+    largest row sum of absolute values."""
 
     def divide_by_polynomial(plate, u, matrix):
         operator = conduction.fix(plate, partial(conduction.product, plate, matrix))
@@ -241,17 +253,13 @@ def hierarchy_in_jax(hierarchy):
     return levels, jnp.asarray(coarsest, jnp.float32)
 
 
-def v_cycle(levels, coarsest, r, num_sweeps=1, damping=0.7):
-    """Divides r by the finest matrix, approximately, by one symmetric V-cycle with sweeps of
-    the damped Jacobi method on each level."""
+def v_cycle(levels, coarsest, r):
+    """Divides r by the finest matrix, approximately: one symmetric V-cycle with a step of the
+    damped Jacobi method before and after the coarser levels."""
     if not levels:
         return coarsest @ r
     level, *coarser = levels
-    x = damping * level.scale * r
-    for _ in range(num_sweeps - 1):
-        x += damping * level.scale * (r - level.matrix @ x)
+    x = DAMPING * level.scale * r
     coarse_r = level.restriction @ (r - level.matrix @ x)
-    x += level.prolongation @ v_cycle(coarser, coarsest, coarse_r, num_sweeps, damping)
-    for _ in range(num_sweeps):
-        x += damping * level.scale * (r - level.matrix @ x)
-    return x
+    x += level.prolongation @ v_cycle(coarser, coarsest, coarse_r)
+    return x + DAMPING * level.scale * (r - level.matrix @ x)

@@ -81,9 +81,7 @@ def test_preconditioners_divide_by_the_matrix(problem):
     relative = lambda x: np.linalg.norm(x - expected) / np.linalg.norm(expected)
     assert relative(solvers.factorise(problem.matrix)(r)) < 1e-5
     assert relative(solvers.chebyshev(60)(*arguments)(r)) < 1e-3
-    for num_sweeps, bound in ((1, 0.3), (3, 0.15)):
-        divided = solvers.v_cycle(levels, coarsest, r.astype(np.float32), num_sweeps)
-        assert relative(divided) < bound
+    assert relative(solvers.v_cycle(levels, coarsest, r.astype(np.float32))) < 0.3
 
 
 def test_interpolation_is_exact_for_linear_functions(problem):
