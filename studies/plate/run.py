@@ -9,7 +9,7 @@ CPU time of one step of one sample on one core, as the median of runs in turns.
 The rows named "floor" say which errors are worth resolving: how far solutions with a shorter
 time step and on a finer mesh are from the exact step on the large mesh.
 
-    taskset -c 0 python -m studies.plate.run     everything, about 15 minutes on one core
+    taskset -c 0 python -m studies.plate.run     everything, about 30 minutes on one core
     python -m studies.plate.run --quick          small meshes and hardly any training
 """
 
