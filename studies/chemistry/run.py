@@ -13,8 +13,6 @@ to a solver.
     python -m studies.chemistry.run --quick          to see that it runs
 """
 
-import random
-import statistics
 import time
 from functools import partial
 
@@ -91,15 +89,13 @@ def largest_error(y, expected, cells=slice(NUM_TEST)):
 
 
 def cpu_seconds(programs, num_calls):
-    """Returns the median CPU time [s] of each program in `{name: function of no arguments}`.
-    They run in turns. On a shared core, the wall time would include that of other programs."""
-    times = {name: [] for name in programs}
-    for _ in range(num_calls):
-        for name in random.sample(list(programs), len(programs)):
-            start = time.process_time()
-            jax.block_until_ready(programs[name]())
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(x) for name, x in times.items()}
+    """Returns the median CPU time [s] of each program in `{name: function of no arguments}`."""
+    calls = {
+        name: lambda program=program: jax.block_until_ready(program())
+        for name, program in programs.items()
+    }
+    is_measured = lambda times: len(times) >= num_calls
+    return machine.medians_in_turns(calls, is_measured, time.process_time)
 
 
 #
