@@ -117,7 +117,8 @@ def train_emulator(plate, key, num_updates, *, kind=Emulator, batch_size=4, buff
         updates, opt_state = optimizer.update(grads, opt_state, arrays)
         final = rollout.final_state, forcing._replace(time=inputs.time[:, -1])
         fresh = conduction.random_samples(plate, fresh_key, batch_size)
-        lost = diverged(rollout.final_state - 1, bound=3) | (forcing.time > 0.5)  # k = 1 + u/2 > 0
+        # Within the bound, u > −2, so that the conductivity is positive.
+        lost = diverged(rollout.final_state - 1, bound=3) | (forcing.time > 0.5)
         buffer = put_back(buffer, samples, final, fresh, lost=lost, share=0.2, key=replay_key)
         return (optax.apply_updates(arrays, updates), opt_state, buffer), loss
 
